@@ -1,0 +1,1 @@
+"""Optimizers: one file per rule over one shared shell (`optimizer.py`)."""

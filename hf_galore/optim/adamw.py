@@ -1,0 +1,94 @@
+"""GaLore with AdamW."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_galore.optim.optimizer import Group, LowRankOptimizer, check_number
+
+
+class GaLoreAdamW(LowRankOptimizer):
+    """AdamW on low-rank gradients (GaLore, arXiv 2403.03507, Algorithm 2), and plain AdamW for groups without `rank`.
+
+        M ← β1·M + (1−β1)·R;  V ← β2·V + (1−β2)·R²
+        N = √(1−β2ᵗ)/(1−β1ᵗ) · M/(√V + eps)
+        W ← (1 − lr·weight_decay)·W − lr·scale·back(N)
+
+    As in galore-torch, eps is added before the bias correction of V (torch.optim.AdamW adds it after; the two differ by
+    the factor √(1−β2ᵗ) on eps), and its default is 1e-6. As in torch and unlike galore-torch, W is decayed before the
+    update is added, not after it.
+
+    Args:
+        params: parameters or groups; see `LowRankOptimizer` for the group keys.
+        lr: learning rate, float or one-element tensor.
+        betas: decay rates of the two moments, in [0, 1).
+        weight_decay: decoupled; per step W shrinks by the factor 1 − lr·weight_decay.
+        correct_bias: False leaves out the bias corrections, as BERT's optimizer did.
+        state_dtype: None for float32 (float64 for float64 parameters), or bfloat16: the dtype of moments and basis.
+        stochastic_rounding: round bfloat16 weights and states stochastically; the bits depend on `seed`, the step, the
+            parameter and the element alone.
+        no_deprecation_warning: accepted because galore-torch's scripts pass it; there is no such warning here.
+
+    Raises:
+        ValueError, TypeError: a hyper-parameter is malformed.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = True,
+        *,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "correct_bias": correct_bias,
+                "state_dtype": state_dtype,
+                "stochastic_rounding": stochastic_rounding,
+                "seed": seed,
+            },
+        )
+
+    def check_group(self, group: Group) -> None:
+        check_adam(group)
+
+    def moment_shapes(self, shape: torch.Size, group: Group) -> dict[str, torch.Size]:
+        return {"exp_avg": shape, "exp_avg_sq": shape}
+
+    def update(
+        self, grad: Tensor, moments: Mapping[str, Tensor], group: Group, step: int, param: Tensor
+    ) -> tuple[Tensor, float]:
+        beta1, beta2 = group["betas"]
+        exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        lr = step_size = float(group["lr"])
+        if group["correct_bias"]:
+            step_size *= math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        denominator = exp_avg_sq.sqrt().add_(group["eps"])
+        return torch.div(exp_avg, denominator, out=denominator).mul_(step_size), lr
+
+
+def check_adam(group: Group) -> None:
+    """Raises ValueError or TypeError unless betas and eps make sense."""
+    betas = group["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"betas={betas!r} is not a pair of numbers")
+    for index, beta in enumerate(betas):
+        check_number(f"beta parameter at index {index}", beta, low=0.0, high=1.0)
+    check_number("epsilon value", group["eps"], low=0.0)

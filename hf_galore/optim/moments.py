@@ -1,0 +1,66 @@
+"""How moments are kept between steps: in a floating-point dtype, or block-wise in 8 bits.
+
+A format has three functions: `create(state, name, shape, device)`, `read(state, name)`, which gives the moment in the
+working precision (float32, or float64 for float64 parameters), and `write(state, name, value, key)`. A rule reads,
+changes the value in place and never learns which format it was.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_galore.ops import round_into_
+from hf_galore.optim import blockwise
+from hf_galore.rounding import RoundingKey
+
+State = dict[str, Any]
+
+
+class MomentFormat(Protocol):
+    """Keeps one named moment of a parameter in its optimizer state."""
+
+    def create(self, state: State, name: str, shape: torch.Size, device: torch.device) -> None:
+        """Puts a zero moment into the state."""
+
+    def read(self, state: State, name: str) -> Tensor:
+        """The moment in working precision."""
+
+    def write(self, state: State, name: str, value: Tensor, key: RoundingKey | None) -> None:
+        """Puts the changed moment back."""
+
+
+@dataclass(frozen=True)
+class Float:
+    """Moments in `dtype`, worked on in `work`. Where the two agree, `read` gives the state itself and nothing is copied."""
+
+    dtype: torch.dtype
+    work: torch.dtype
+
+    def create(self, state: State, name: str, shape: torch.Size, device: torch.device) -> None:
+        state[name] = torch.zeros(shape, dtype=self.dtype, device=device)
+
+    def read(self, state: State, name: str) -> Tensor:
+        moment: Tensor = state[name]
+        return moment.to(self.work)
+
+    def write(self, state: State, name: str, value: Tensor, key: RoundingKey | None) -> None:
+        if value is not state[name]:
+            round_into_(state[name], value, key)
+
+
+@dataclass(frozen=True)
+class Blockwise8bit:
+    """Moments as 8-bit codes (uint8, the moment's shape) with one float32 `<name>_absmax` for each block of 256."""
+
+    signed: bool
+
+    def create(self, state: State, name: str, shape: torch.Size, device: torch.device) -> None:
+        self.write(state, name, torch.zeros(shape, dtype=torch.float32, device=device), None)
+
+    def read(self, state: State, name: str) -> Tensor:
+        return blockwise.dequantize(state[name], state[f"{name}_absmax"], self.signed)
+
+    def write(self, state: State, name: str, value: Tensor, key: RoundingKey | None) -> None:
+        state[name], state[f"{name}_absmax"] = blockwise.quantize(value, self.signed)

@@ -1,0 +1,286 @@
+"""The shell that all GaLore optimizers share: parameter groups, projection, basis refresh, write-back, state dicts.
+
+A subclass adds one rule: which moments it keeps, and the update they give. The rule sees a gradient, low-rank or full,
+and knows nothing of bases, dtypes or state formats; those are chosen here, each once.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from hf_galore.ops import add_, add_lowrank_
+from hf_galore.optim.moments import Float, MomentFormat, State
+from hf_galore.rounding import RoundingKey, mix64
+from hf_galore.subspace import PROJ_TYPES, SUBSPACES, refresh, resolve_side
+
+Group = dict[str, Any]
+
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+LOW_RANK_DEFAULTS: dict[str, Any] = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "subspace": "svd"}
+
+
+class LowRankOptimizer(torch.optim.Optimizer):
+    """Steps matrices in low-rank coordinates where their group has a `rank`, and everything else at full rank.
+
+    For W (m, n) with gradient G in a group with `rank` (GaLore, arXiv 2403.03507; see `hf_galore.subspace` for the sides):
+
+        every `update_proj_gap` steps:  basis from G
+        R = project(G);  N = rule(R);  W ← (1 − lr·weight_decay)·W − lr·scale·back(N)
+
+    Group keys, as in galore-torch: `rank` (projected if present), `update_proj_gap`, `scale`, `proj_type` (std,
+    reverse_std, right, left, full). Ours: `subspace` (svd), `state_dtype` (None: float32, and float64 for float64
+    parameters; or bfloat16), `stochastic_rounding` (of bfloat16 weights and states), `seed`.
+    State of a parameter, created at its first step: `step`, the rule's moments, `basis`. Tensors only.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, or a vector is in a group with `rank`.
+        TypeError: a hyper-parameter has the wrong type.
+        RuntimeError: a gradient is sparse.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._refresh_seconds = 0.0
+        self._warned: set[str] = set()
+        super().__init__(params, defaults)
+
+    # What a rule defines.
+
+    def moment_shapes(self, shape: torch.Size, group: Group) -> dict[str, torch.Size]:
+        """Names and shapes of the moments the rule keeps for a gradient of this shape."""
+        raise NotImplementedError
+
+    def update(
+        self, grad: Tensor, moments: Mapping[str, Tensor], group: Group, step: int, param: Tensor
+    ) -> tuple[Tensor, float]:
+        """The amount to subtract, in the gradient's coordinates and with the learning rate in it, and that rate.
+
+        `moments` are changed in place; `step` counts from 1.
+        """
+        raise NotImplementedError
+
+    def moment_format(self, name: str, shape: torch.Size, group: Group, work: torch.dtype) -> MomentFormat:
+        """How the named moment is kept between steps."""
+        return Float(group["state_dtype"] or work, work)
+
+    def check_group(self, group: Group) -> None:
+        """Raises ValueError or TypeError for hyper-parameters of the rule that make no sense."""
+
+    # What torch.optim.Optimizer asks for.
+
+    @property
+    def refresh_seconds(self) -> float:
+        """Seconds spent in basis refreshes since this object was made."""
+        return self._refresh_seconds
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if param_group.get("rank") is not None:
+            param_group = {**LOW_RANK_DEFAULTS, **param_group}
+        group = {**self.defaults, **param_group}
+        if not isinstance(group["state_dtype"], torch.dtype | None):
+            param_group = {**param_group, "state_dtype": STATE_DTYPES.get(group["state_dtype"], group["state_dtype"])}
+            group.update(param_group)
+        _check_common(group)
+        self.check_group(group)
+        super().add_param_group(param_group)
+        try:
+            _check_params(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_refresh_seconds", 0.0)
+        self.__dict__.setdefault("_warned", set())
+
+    @torch._disable_dynamo  # type: ignore[misc]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict as torch does, but leaves every state tensor in the dtype it was saved in.
+
+        torch casts floating-point state to the parameter's dtype, and 8-bit codes to floats; both would change the run.
+
+        Raises:
+            ValueError: the state was written by galore-torch, or its groups do not fit.
+        """
+        if any("projector" in state for state in state_dict["state"].values() if isinstance(state, dict)):
+            raise ValueError(GALORE_TORCH_STATE)
+        handle = self.register_load_state_dict_pre_hook(_seal)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for param, state in self.state.items():
+            for name, value in state.items():
+                if name == "step":
+                    state[name] = torch.as_tensor(value.tensor if isinstance(value, _Sealed) else value).float().cpu()
+                elif isinstance(value, _Sealed):
+                    state[name] = value.tensor.to(param.device).contiguous()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step on every parameter that has a gradient; `closure` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        number = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.numel() > 0:
+                    self._step_one(param, group, number)
+                number += 1
+        return loss
+
+    # The step of one parameter, in the order of the paper.
+
+    def _step_one(self, param: Tensor, group: Group, number: int) -> None:
+        grad, state = param.grad, self.state[param]
+        assert grad is not None
+        if grad.is_sparse:
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        work = torch.float64 if param.dtype == torch.float64 else torch.float32
+        done = int(state["step"]) if state else 0
+        key = RoundingKey(group["seed"], done, number)
+        side = None
+        if group.get("rank") is not None:
+            side = resolve_side(group["proj_type"], param.shape)
+            if done % group["update_proj_gap"] == 0 or "basis" not in state:
+                self._refresh(param, grad, state, group, key, work)
+            grad = side.project(*_same_precision(grad, state["basis"]))
+        grad = grad.to(work)
+
+        formats = {
+            name: self.moment_format(name, shape, group, work)
+            for name, shape in self.moment_shapes(grad.shape, group).items()
+        }
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name, shape in self.moment_shapes(grad.shape, group).items():
+                formats[name].create(state, name, shape, param.device)
+        state["step"] += 1
+        moments = {name: kept.read(state, name) for name, kept in formats.items()}
+        delta, lr = self.update(grad, moments, group, done + 1, param)
+        rounding = key if group["stochastic_rounding"] else None
+        for index, (name, kept) in enumerate(formats.items(), start=1):
+            kept.write(state, name, moments[name], rounding and rounding._replace(parameter=mix64(number, index)))
+
+        beta = 1.0 - lr * group["weight_decay"]
+        if side is None:
+            add_(param, delta, alpha=-1.0, beta=beta, key=rounding)
+        else:
+            left, right = side.factors(delta, state["basis"].to(work))
+            add_lowrank_(param, left, right, alpha=-group["scale"], beta=beta, key=rounding)
+
+    def _refresh(
+        self, param: Tensor, grad: Tensor, state: State, group: Group, key: RoundingKey, work: torch.dtype
+    ) -> None:
+        started = time.perf_counter()
+        rank = min(group["rank"], *param.shape[-2:])
+        if rank < group["rank"]:
+            self._warn(f"rank={group['rank']} is larger than a matrix of shape {tuple(param.shape)} allows: using {rank}")
+        side = resolve_side(group["proj_type"], param.shape)
+        basis, reason = refresh(
+            grad, rank, side, SUBSPACES[group["subspace"]], state.get("basis"), mix64(*key) & 0x7FFFFFFFFFFFFFFF
+        )
+        if reason is not None:
+            self._warn(
+                f"a basis refresh found that {reason} (parameter of shape {tuple(param.shape)}, step {key.step}): "
+                "keeping the old basis, or taking seeded random directions where there is none"
+            )
+        state["basis"] = basis.to(group["state_dtype"] or work)
+        self._refresh_seconds += time.perf_counter() - started
+
+    def _warn(self, message: str) -> None:
+        """Warns once for each kind of message (its first words), not once for each parameter and step."""
+        kind = message[:40]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"{type(self).__name__}: {message}. Further cases are not reported", stacklevel=4)
+
+
+GALORE_TORCH_STATE = (
+    "this optimizer state was written by galore-torch, whose projector objects cannot be read safely. Start from the "
+    "checkpoint's weights instead: load the checkpoint folder as the model and train without resume_from_checkpoint, or "
+    "delete its optimizer.pt and scheduler.pt (the moments start again from zero)"
+)
+
+
+class _Sealed:
+    """A tensor that torch's load_state_dict passes on as it is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _seal(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    sealed = {
+        index: {name: _Sealed(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+        if isinstance(state, dict)
+        else state
+        for index, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": sealed}
+
+
+def _same_precision(grad: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient and basis in the precision of their product: bfloat16 for bfloat16 gradients, else at least float32."""
+    dtype = grad.dtype if grad.dtype == torch.bfloat16 else torch.promote_types(grad.dtype, torch.float32)
+    return grad.to(dtype), basis.to(dtype)
+
+
+def _check_params(group: Group) -> None:
+    for param in group["params"]:
+        if param.is_complex():
+            raise ValueError("complex parameters are not supported")
+        if group.get("rank") is not None:
+            resolve_side(group["proj_type"], param.shape)
+
+
+def _check_common(group: Group) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if lr is not None:
+        check_number("learning rate", lr, low=0.0)
+    check_number("weight_decay", group["weight_decay"], low=0.0)
+    if group["state_dtype"] not in (None, torch.float64, *STATE_DTYPES.values()):
+        raise ValueError(f"state_dtype={group['state_dtype']!r} is not one of None, {', '.join(STATE_DTYPES)}")
+    if not isinstance(group["stochastic_rounding"], bool):
+        raise TypeError(f"stochastic_rounding={group['stochastic_rounding']!r} is not True or False")
+    check_integer("seed", group["seed"], low=0)
+    if group.get("rank") is None:
+        return
+    check_integer("rank", group["rank"], low=1)
+    check_integer("update_proj_gap", group["update_proj_gap"], low=1)
+    check_number("scale", group["scale"], low=0.0)
+    if group["proj_type"] not in PROJ_TYPES:
+        raise ValueError(f"proj_type={group['proj_type']!r} is not one of {', '.join(PROJ_TYPES)}")
+    if group["subspace"] not in SUBSPACES:
+        raise ValueError(f"subspace={group['subspace']!r} is not one of {', '.join(SUBSPACES)}")
+
+
+def check_number(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
+    """Raises TypeError unless `value` is a number, ValueError unless it is finite and low <= value < high."""
+    if isinstance(value, bool | str) or not isinstance(value, int | float | Tensor):
+        raise TypeError(f"{name}={value!r} is not a number")
+    if not low <= float(value) < high:
+        raise ValueError(f"Invalid {name}: {value} - should be >= {low}" + (f" and < {high}" if high < math.inf else ""))
+
+
+def check_integer(name: str, value: Any, *, low: int) -> None:
+    """Raises TypeError unless `value` is an int, ValueError if it is below `low`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is not an integer")
+    if value < low:
+        raise ValueError(f"Invalid {name}: {value} - should be >= {low}")

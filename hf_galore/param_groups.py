@@ -1,0 +1,203 @@
+"""Which parameters of a model are projected, and plain torch parameter groups that say so."""
+
+import difflib
+import re
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_galore.optim.optimizer import LOW_RANK_DEFAULTS
+
+ALL_LINEAR = "all-linear"
+_HEADS = ("score", "classifier")  # the classification heads that peft's "all-linear" leaves out too
+
+
+def galore_param_groups(
+    model: nn.Module,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    rank: int = 128,
+    update_proj_gap: int = LOW_RANK_DEFAULTS["update_proj_gap"],
+    scale: float = LOW_RANK_DEFAULTS["scale"],
+    proj_type: str = LOW_RANK_DEFAULTS["proj_type"],
+    *,
+    weight_decay: float | None = None,
+    decay_parameters: Collection[str] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Parameter groups that project the matrices of `target_modules` and train everything else at full rank.
+
+    Targets are the weights of nn.Linear and GPT-2's Conv1D, and fused expert weights (E, m, n), which are parameters of
+    their module. Frozen parameters are in no group, tied ones in one. Factors of a PEFT adapter (`lora_A`, …) are targets
+    only if `target_modules` names them.
+
+    Args:
+        target_modules: "all-linear" (all targets but the output head, classification heads, routers and embeddings); or
+            a regular expression that matches whole names, or a part of a name; or a list of those. Names are those of
+            `model.named_modules()`, and of `model.named_parameters()` for fused experts.
+        rank, update_proj_gap, scale, proj_type: the group keys of the projected matrices.
+        weight_decay: given to the groups; parameters not in `decay_parameters` get 0. None leaves the optimizer's own.
+        decay_parameters: names of the parameters that decay; None means all with two dimensions or more.
+        options: further keys of the projected groups (`subspace`, …).
+
+    Returns:
+        Groups without empty ones: not projected first (decayed, not decayed), then projected; each also has
+        `param_names`-free plain keys, so any `hf_galore` optimizer takes them.
+
+    Raises:
+        ValueError: nothing to train at low rank, or a name that matches nothing (with the nearest names).
+        TypeError: `target_modules` is neither a string nor a list of strings.
+    """
+    targets = find_targets(model, target_modules)
+    low_rank = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, **options}
+    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    share = sum(param.numel() for name, param in trainable.items() if name in targets)
+    share /= sum(param.numel() for param in trainable.values())
+    if share < 0.1:
+        warnings.warn(
+            f"only {share:.1%} of the trainable parameters are projected (target_modules={target_modules!r}): "
+            "the rest has the memory of full-rank training",
+            stacklevel=2,
+        )
+
+    groups = []
+    for projected in (False, True):
+        for decays in (True, False):
+            params = [
+                param
+                for name, param in trainable.items()
+                if (name in targets) is projected and _decays(name, param, decay_parameters) is decays
+            ]
+            if params:
+                group: dict[str, Any] = {"params": params, **(low_rank if projected else {})}
+                if weight_decay is not None:
+                    group["weight_decay"] = weight_decay if decays else 0.0
+                groups.append(group)
+    return groups
+
+
+def _decays(name: str, param: nn.Parameter, decay_parameters: Collection[str] | None) -> bool:
+    return param.dim() >= 2 if decay_parameters is None else name in decay_parameters
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> set[str]:
+    """Names (as in `model.named_parameters()`) of the trainable parameters that `target_modules` asks to project.
+
+    Raises:
+        ValueError, TypeError: as `galore_param_groups`.
+    """
+    patterns = _as_list(target_modules)
+    canonical = {id(param): name for name, param in model.named_parameters()}
+    candidates = list(_candidates(model))
+    everything = len(patterns) == 1 and patterns[0].replace("_", "-") == ALL_LINEAR
+    if everything:
+        left_out = _left_out_of_all_linear(model)
+        chosen = [(path, param) for path, param in candidates if not _inside(path, left_out)]
+    else:
+        for pattern in patterns:
+            if not any(_matches(pattern, path) for path, _ in candidates):
+                raise ValueError(_nothing_matches(pattern, model, [path for path, _ in candidates]))
+        chosen = [(path, param) for path, param in candidates if any(_matches(p, path) for p in patterns)]
+
+    adapters = _adapter_prefixes(model)
+    named = {prefix for prefix in adapters if any(prefix.rsplit(".", 1)[-1] in pattern for pattern in patterns)}
+    targets = {
+        canonical[id(param)]
+        for path, param in chosen
+        if param.requires_grad and not _inside(path, adapters - named)
+    }
+    if not targets:
+        raise ValueError(
+            f"target_modules={target_modules!r} leaves 0 parameters to project: of the {len(chosen)} weights it matches, "
+            "every one is frozen, quantized or a factor of a PEFT adapter. Unfreeze the model, or name other modules"
+        )
+    return targets
+
+
+def _as_list(target_modules: str | Sequence[str]) -> list[str]:
+    patterns = [target_modules] if isinstance(target_modules, str) else target_modules
+    if not isinstance(patterns, list | tuple | set | frozenset) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            f"target_modules={target_modules!r} must be 'all-linear', a regular expression or part of a module name, or "
+            "a list of those"
+        )
+    if not patterns or not all(patterns):
+        raise ValueError(f"target_modules={target_modules!r} names no modules: pass 'all-linear' or names of modules")
+    return list(patterns)
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(path, parameter) for every matrix that can be projected: module paths, and parameter paths for fused experts."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) or _is_conv1d(module):
+            if isinstance(weight, nn.Parameter) and weight.is_floating_point():
+                yield path, weight
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            for name, param in module.named_parameters(recurse=False):
+                if param.dim() == 3 and param.is_floating_point() and 1 not in param.shape:
+                    yield f"{path}.{name}" if path else name, param
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, a linear layer whose weight is stored as (in_features, out_features)."""
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether the pattern is a part of the path, or a regular expression for the whole of it."""
+    if pattern in path:
+        return True
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise ValueError(f"target_modules: {pattern!r} is no valid regular expression ({error})") from error
+
+
+def _inside(path: str, prefixes: Collection[str]) -> bool:
+    """Whether the path is one of the prefixes or lies below one."""
+    return any(path == prefix or path.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _left_out_of_all_linear(model: nn.Module) -> set[str]:
+    """Paths that "all-linear" leaves out: the output head, embeddings (also tied ones), classification heads, routers."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    left_out = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        leaf = path.rsplit(".", 1)[-1]
+        is_head = module is head or leaf == "lm_head" or path in _HEADS or leaf in _HEADS and "layers" not in path
+        if is_head or leaf == "router" or id(getattr(module, "weight", None)) in embeddings:
+            left_out.add(path)
+        if any("experts" in name for name, _ in module.named_children()):
+            left_out.update(
+                f"{path}.{name}" if path else name
+                for name, child in module.named_children()
+                if isinstance(child, nn.Linear)
+            )
+    return left_out
+
+
+def _adapter_prefixes(model: nn.Module) -> set[str]:
+    """Paths of the adapter parts (`….lora_A`, …) of a PEFT model: what its layers list in `adapter_layer_names`."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in getattr(module, "adapter_layer_names", ())
+        if isinstance(getattr(module, name, None), nn.ModuleDict)
+    }
+
+
+def _nothing_matches(pattern: str, model: nn.Module, paths: list[str]) -> str:
+    """The error text for a pattern without a match: what it hit that cannot be projected, or the nearest names."""
+    unfit = [path for path, _ in model.named_modules() if path and _matches(pattern, path)]
+    if unfit:
+        return (
+            f"target_modules: {pattern!r} matches only modules without a matrix that can be projected (such as "
+            f"{unfit[0]!r}); targets are nn.Linear, Conv1D and fused expert weights"
+        )
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], leaves, n=5, cutoff=0.3) or leaves[:10]
+    return f"target_modules: {pattern!r} matches no module; near matches: {', '.join(near) or 'none'}"

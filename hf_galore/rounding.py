@@ -1,0 +1,61 @@
+"""Stochastic rounding to bfloat16 with bits that are a function of (seed, step, parameter, element).
+
+Nothing is drawn from a generator, so the bits are the same on every data-parallel rank, after a resume and on every
+device, and torch's global generator is left alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+
+
+class RoundingKey(NamedTuple):
+    """What the rounding bits of one parameter at one step depend on, besides the element's row and column."""
+
+    seed: int
+    step: int
+    parameter: int
+
+
+def mix64(*numbers: int) -> int:
+    """A 64-bit hash of a few integers (splitmix64's finaliser over a running sum): equal input, equal output, anywhere."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state
+
+
+def _odd_words(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """`count` hashed odd 32-bit words (int32), the i-th a function of key and start + i alone."""
+    z = torch.arange(start, start + count, dtype=torch.int64, device=device)
+    z = z * -7046029254386353131 + (key - (1 << 64) if key >> 63 else key)
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return ((z >> 32) | 1).to(torch.int32)
+
+
+def random_bits(key: RoundingKey, rows: range, cols: int, device: torch.device) -> Tensor:
+    """16 random bits for each element of rows `rows` of a (…, cols) matrix: int32 (len(rows), cols) in [0, 65535].
+
+    Element (i, j) gets the upper half of row_word(i) · col_word(j) mod 2³², where the words are hashed and odd: one
+    multiplication for each element. Uniform for each element, and pairwise uncorrelated (tests/test_rounding.py).
+    """
+    row_words = _odd_words(mix64(*key, 0), rows.start, len(rows), device)
+    col_words = _odd_words(mix64(*key, 1), 0, cols, device)
+    products = row_words[:, None] * col_words
+    return products.view(torch.uint16)[:, 1::2].to(torch.int32)
+
+
+def round_stochastic(values: Tensor, bits: Tensor) -> Tensor:
+    """float32 `values` (rows, cols) rounded to bfloat16: up with the probability of the part that is cut off.
+
+    `values` is overwritten. Exact bfloat16 numbers and infinities stay as they are; NaN stays NaN.
+    """
+    values.view(torch.int32).add_(bits)
+    return values.view(torch.bfloat16)[:, 1::2]
