@@ -1,6 +1,7 @@
 """Train every weight of a large language model in the memory LoRA needs, from the scripts you already have.
 
-Public names are attributes of this module and are imported when first used; importing the module itself patches nothing.
+Public names are attributes of this module and are imported when first used; importing the module itself patches
+nothing.
 """
 
 from importlib import import_module

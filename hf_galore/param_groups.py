@@ -11,7 +11,7 @@ from torch import nn
 from hf_galore.optim.optimizer import LOW_RANK_DEFAULTS
 
 ALL_LINEAR = "all-linear"
-_HEADS = ("score", "classifier")  # the classification heads that peft's "all-linear" leaves out too
+_LEFT_OUT = ("lm_head", "score", "classifier", "router")  # by name, besides what the model itself calls its head
 
 
 def galore_param_groups(
@@ -28,12 +28,12 @@ def galore_param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups that project the matrices of `target_modules` and train everything else at full rank.
 
-    Targets are the weights of nn.Linear and GPT-2's Conv1D, and fused expert weights (E, m, n), which are parameters of
-    their module. Frozen parameters are in no group, tied ones in one. Factors of a PEFT adapter (`lora_A`, …) are targets
-    only if `target_modules` names them.
+    Targets are the weights of nn.Linear and GPT-2's Conv1D, and fused expert weights (E, m, n), which are parameters
+    of their module. Frozen parameters are in no group, tied ones in one. Factors of a PEFT adapter (`lora_A`, …) are
+    targets only if `target_modules` names them.
 
     Args:
-        target_modules: "all-linear" (all targets but the output head, classification heads, routers and embeddings); or
+        target_modules: "all-linear" (all targets but output heads, classification heads, routers and embeddings); or
             a regular expression that matches whole names, or a part of a name; or a list of those. Names are those of
             `model.named_modules()`, and of `model.named_parameters()` for fused experts.
         rank, update_proj_gap, scale, proj_type: the group keys of the projected matrices.
@@ -42,8 +42,7 @@ def galore_param_groups(
         options: further keys of the projected groups (`subspace`, …).
 
     Returns:
-        Groups without empty ones: not projected first (decayed, not decayed), then projected; each also has
-        `param_names`-free plain keys, so any `hf_galore` optimizer takes them.
+        The groups that are not empty: not projected (decayed, not decayed), then projected (decayed, not decayed).
 
     Raises:
         ValueError: nothing to train at low rank, or a name that matches nothing (with the nearest names).
@@ -52,8 +51,8 @@ def galore_param_groups(
     targets = find_targets(model, target_modules)
     low_rank = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, **options}
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    share = sum(param.numel() for name, param in trainable.items() if name in targets)
-    share /= sum(param.numel() for param in trainable.values())
+    projected_size = sum(param.numel() for name, param in trainable.items() if name in targets)
+    share = projected_size / sum(param.numel() for param in trainable.values())
     if share < 0.1:
         warnings.warn(
             f"only {share:.1%} of the trainable parameters are projected (target_modules={target_modules!r}): "
@@ -101,34 +100,38 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> set[s
         chosen = [(path, param) for path, param in candidates if any(_matches(p, path) for p in patterns)]
 
     adapters = _adapter_prefixes(model)
-    named = {prefix for prefix in adapters if any(prefix.rsplit(".", 1)[-1] in pattern for pattern in patterns)}
+    named = {prefix for prefix in adapters if any(_stem(prefix) in pattern for pattern in patterns)}
     targets = {
-        canonical[id(param)]
-        for path, param in chosen
-        if param.requires_grad and not _inside(path, adapters - named)
+        canonical[id(param)] for path, param in chosen if param.requires_grad and not _inside(path, adapters - named)
     }
     if not targets:
         raise ValueError(
-            f"target_modules={target_modules!r} leaves 0 parameters to project: of the {len(chosen)} weights it matches, "
+            f"target_modules={target_modules!r} leaves 0 parameters to project: of the {len(chosen)} weights it names "
             "every one is frozen, quantized or a factor of a PEFT adapter. Unfreeze the model, or name other modules"
         )
     return targets
+
+
+def _stem(prefix: str) -> str:
+    """What names an adapter part in a pattern: `lora` for `….q_proj.lora_A`."""
+    leaf = prefix.rsplit(".", 1)[-1]
+    return leaf.rpartition("_")[0] or leaf
 
 
 def _as_list(target_modules: str | Sequence[str]) -> list[str]:
     patterns = [target_modules] if isinstance(target_modules, str) else target_modules
     if not isinstance(patterns, list | tuple | set | frozenset) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
-            f"target_modules={target_modules!r} must be 'all-linear', a regular expression or part of a module name, or "
-            "a list of those"
+            f"target_modules={target_modules!r} must be 'all-linear', a regular expression or part of a module name, "
+            "or a list of those"
         )
     if not patterns or not all(patterns):
-        raise ValueError(f"target_modules={target_modules!r} names no modules: pass 'all-linear' or names of modules")
+        raise ValueError(f"target_modules={target_modules!r} names no modules: pass 'all-linear' or module names")
     return list(patterns)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(path, parameter) for every matrix that can be projected: module paths, and parameter paths for fused experts."""
+    """(path, parameter) of every matrix that can be projected: module paths; parameter paths for fused experts."""
     for path, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) or _is_conv1d(module):
@@ -161,15 +164,14 @@ def _inside(path: str, prefixes: Collection[str]) -> bool:
 
 
 def _left_out_of_all_linear(model: nn.Module) -> set[str]:
-    """Paths that "all-linear" leaves out: the output head, embeddings (also tied ones), classification heads, routers."""
+    """Paths that "all-linear" leaves out: output and classification heads, (tied) embeddings, routers."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     left_out = set()
     for path, module in model.named_modules(remove_duplicate=False):
         leaf = path.rsplit(".", 1)[-1]
-        is_head = module is head or leaf == "lm_head" or path in _HEADS or leaf in _HEADS and "layers" not in path
-        if is_head or leaf == "router" or id(getattr(module, "weight", None)) in embeddings:
+        if module is head or leaf in _LEFT_OUT or id(getattr(module, "weight", None)) in embeddings:
             left_out.add(path)
         if any("experts" in name for name, _ in module.named_children()):
             left_out.update(
@@ -181,12 +183,15 @@ def _left_out_of_all_linear(model: nn.Module) -> set[str]:
 
 
 def _adapter_prefixes(model: nn.Module) -> set[str]:
-    """Paths of the adapter parts (`….lora_A`, …) of a PEFT model: what its layers list in `adapter_layer_names`."""
+    """Paths of the adapter parts (`….lora_A`, …) of a PEFT model: what its layers list in `adapter_layer_names`.
+
+    `modules_to_save` is no adapter part: it holds whole trained copies of modules.
+    """
     return {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules(remove_duplicate=False)
         for name in getattr(module, "adapter_layer_names", ())
-        if isinstance(getattr(module, name, None), nn.ModuleDict)
+        if name != "modules_to_save" and isinstance(getattr(module, name, None), nn.ModuleDict)
     }
 
 

@@ -21,7 +21,7 @@ class RoundingKey(NamedTuple):
 
 
 def mix64(*numbers: int) -> int:
-    """A 64-bit hash of a few integers (splitmix64's finaliser over a running sum): equal input, equal output, anywhere."""
+    """A 64-bit hash of a few integers (splitmix64's finaliser over a running sum): the same on every machine."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & _MASK64

@@ -1,7 +1,7 @@
-"""Low-rank subspaces of a gradient: which side is projected, where the basis is from, and what to do when there is none.
+"""Low-rank subspaces of a gradient: which side is projected, where the basis is from, and what if there is none.
 
-Legend: G (..., m, n) is the gradient of W = nn.Linear.weight (out_features, in_features); leading dimensions are a batch
-of independent matrices (the experts of a mixture), each with its own basis; r = rank.
+Legend: G (..., m, n) is the gradient of W = nn.Linear.weight (out_features, in_features); leading dimensions are a
+batch of independent matrices (the experts of a mixture), each with its own basis; r = rank.
 
     right: Q (..., n, r)   R = G Q    (..., m, r)   back(N) = N Qᵀ
     left:  P (..., m, r)   R = PᵀG    (..., r, n)   back(N) = P N
@@ -102,8 +102,9 @@ PROJ_TYPES = tuple(_SIDES)
 def resolve_side(proj_type: str, shape: Sequence[int]) -> Side:
     """The side that `proj_type` means for a parameter of this shape (..., m, n).
 
-    `std` projects the shorter dimension (the paper), `reverse_std` the longer, `right` and `left` always that one, `full`
-    both. The shape is the parameter's as stored: a transposed weight (GPT-2's Conv1D) has its input dimension first.
+    `std` projects the shorter dimension (the paper), `reverse_std` the longer, `right` and `left` always that one,
+    `full` both. The shape is the parameter's as stored: a transposed weight (GPT-2's Conv1D) has its input dimension
+    first.
 
     Raises:
         ValueError: `proj_type` is none of these, or the parameter is not a matrix or a batch of matrices.
@@ -112,7 +113,7 @@ def resolve_side(proj_type: str, shape: Sequence[int]) -> Side:
         raise ValueError(f"proj_type={proj_type!r} is not one of {', '.join(PROJ_TYPES)}")
     if len(shape) < 2:
         raise ValueError(
-            f"a parameter of shape {tuple(shape)} in a group with `rank`: only matrices (m, n) and batches of matrices "
+            f"a parameter of shape {tuple(shape)} in a group with `rank`: only matrices (m, n) and batches of them "
             "(E, m, n) can be projected. Flat shards (DeepSpeed ZeRO, FSDP1) hold no matrices"
         )
     return _SIDES[proj_type](shape[-2], shape[-1])
@@ -129,9 +130,9 @@ def project_back(update: Tensor, basis: Tensor, side: Side) -> Tensor:
     return left @ right
 
 
-# A basis method computes, from G (..., m, n) in float32 or float64, the basis for `side` at `rank` <= min(m, n) and the
-# singular values (..., r) that its columns capture, largest first. `previous` is the basis in force, or None. It may
-# raise torch.linalg.LinAlgError. G is finite and not zero: `refresh` sees to that.
+# A basis method computes, from G (..., m, n) in float32 or float64, the basis for `side` at `rank` <= min(m, n) and
+# the singular values (..., r) that its columns capture, largest first. `previous` is the basis in force, or None. It
+# may raise torch.linalg.LinAlgError. G is finite and not zero: `refresh` sees to that.
 BasisMethod = Callable[[Tensor, int, Side, "Tensor | None"], tuple[Tensor, Tensor]]
 
 
@@ -150,11 +151,11 @@ SUBSPACES: dict[str, BasisMethod] = {"svd": svd}
 def refresh(
     grad: Tensor, rank: int, side: Side, method: BasisMethod, previous: Tensor | None, seed: int
 ) -> tuple[Tensor, str | None]:
-    """A new orthonormal basis from the gradient (..., m, n), and the reason where the gradient could not give all of it.
+    """A new orthonormal basis from the gradient (..., m, n), and the reason if the gradient could not give all of it.
 
     The basis has min(rank, m, n) columns, is contiguous, and is float64 for a float64 gradient, else float32. A matrix
-    whose gradient is zero or not finite, or on which the method does not converge, keeps its `previous` basis, or gets a
-    seeded random one if it has none. Where a gradient has fewer than r independent directions, the missing ones are
+    whose gradient is zero or not finite, or on which the method does not converge, keeps its `previous` basis, or gets
+    a seeded random one if it has none. Where a gradient has fewer than r independent directions, the missing ones are
     seeded random directions orthogonal to those it has: LAPACK's own would be arbitrary, often coordinate axes.
 
     Args:
@@ -192,7 +193,7 @@ def refresh(
 def _refresh_each(
     matrix: Tensor, rank: int, side: Side, method: BasisMethod, previous: Tensor | None, seed: int
 ) -> tuple[Tensor, str | None]:
-    """`refresh` of a batch one matrix at a time, so that one that does not converge does not cost the others theirs."""
+    """`refresh` of a batch one by one, so that a matrix that does not converge does not cost the others theirs."""
     pairs = [
         refresh(one, rank, side, method, None if previous is None else previous[i], seed + i)
         for i, one in enumerate(matrix)
@@ -202,7 +203,7 @@ def _refresh_each(
 
 
 def _complete(basis: Tensor, found: Tensor, sizes: Sequence[int], generator: torch.Generator) -> Tensor:
-    """The basis with every column from `found` (...) on replaced by a random direction orthogonal to those before it."""
+    """The basis with every column from `found` (...) on replaced by a random direction orthogonal to those before."""
     flat, rank = basis.reshape(-1, *basis.shape[-2:]).clone(), basis.shape[-1]
     for one, good in zip(flat, found.reshape(-1).tolist(), strict=True):
         for block in one.split(list(sizes)):

@@ -1,20 +1,21 @@
 """GaLore in transformers' Trainer: `optim="galore_adamw"` and its sisters resolve to hf_galore's optimizers.
 
-`register` swaps entries of transformers' optimizer registry and a few functions around it, and remembers what was there;
-`unregister` puts exactly that back.
+`register` swaps entries of transformers' optimizer registry and a few functions around it, and remembers what was
+there; `unregister` puts exactly that back.
 """
 
 import pickle
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
-import transformers
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import trainer as hf_trainer
 from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames
+from transformers.utils.import_utils import is_galore_torch_available as _asks_for_galore_torch
 
 from hf_galore.optim.adafactor import GaLoreAdafactor
 from hf_galore.optim.adamw import GaLoreAdamW
@@ -48,8 +49,7 @@ def register() -> None:
     registry.update(dict.fromkeys(LAYERWISE, _layerwise_optimizer))
     _replace(hf_trainer, "_parse_optim_args", _parse_optim_args)
     _replace(hf_trainer.Trainer, "_load_optimizer_and_scheduler", _load_optimizer_and_scheduler)
-    for module in _modules_with("is_galore_torch_available"):
-        _replace(module, "is_galore_torch_available", _is_galore_torch_available)
+    _swap_guard(_asks_for_galore_torch, _is_galore_torch_available)
 
 
 def unregister() -> None:
@@ -59,6 +59,7 @@ def unregister() -> None:
     while _replaced:
         holder, name, value = _replaced.pop()
         setattr(holder, name, value)
+    _swap_guard(_is_galore_torch_available, _asks_for_galore_torch)
 
 
 def _replace(holder: Any, name: str, value: Any) -> None:
@@ -66,35 +67,34 @@ def _replace(holder: Any, name: str, value: Any) -> None:
     setattr(holder, name, value)
 
 
-def _modules_with(name: str) -> list[ModuleType]:
-    """The loaded modules of transformers that hold `name` (lazy ones are not made to load it)."""
-    package = transformers.__name__
-    return [
-        module
-        for path, module in list(sys.modules.items())
-        if (path == package or path.startswith(package + ".")) and name in getattr(module, "__dict__", {})
-    ]
-
-
 def _is_galore_torch_available() -> bool:
     """True: hf_galore stands in for galore-torch wherever transformers asks for it."""
     return True
+
+
+def _swap_guard(old: Callable[[], bool], new: Callable[[], bool]) -> None:
+    """Puts `new` in place of `old` in every loaded module of transformers (lazy ones are not made to load it)."""
+    for path, module in list(sys.modules.items()):
+        if path.partition(".")[0] == "transformers":
+            for name, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, name, new)
 
 
 def _galore_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The optimizer class and its keyword arguments, groups included, for a Trainer with a GaLore name in `optim`.
 
     Raises:
-        ValueError: no or unknown target modules, an unknown or malformed key in `optim_args`, or an engine whose shards
-            are not supported.
+        ValueError: no or unknown target modules, an unknown or malformed key in `optim_args`, or an engine that shards
+            parameters.
         TypeError: `optim_target_modules` is neither a string nor a list.
     """
     args = ctx.args
-    _refuse_shards(args)
+    _refuse_shards(str(args.optim))
     if args.optim_target_modules is None:
         raise ValueError(
-            f"optim={str(args.optim)!r} needs optim_target_modules: 'all-linear', a regular expression, part of a module "
-            "name, or a list of those"
+            f"optim={str(args.optim)!r} needs optim_target_modules: 'all-linear', a regular expression, part of a "
+            "module name, or a list of those"
         )
     if ctx.model is None:
         raise ValueError(f"optim={str(args.optim)!r} needs the model: pass it to get_optimizer_cls_and_kwargs")
@@ -115,23 +115,25 @@ def _galore_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type[tor
     return optimizer, kwargs
 
 
-def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def _layerwise_optimizer(
+    ctx: trainer_optimizer.OptimizerContext,
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     raise NotImplementedError(
         f"optim={str(ctx.args.optim)!r} is not in this version of hf_galore yet; use one of "
         f"{', '.join(repr(name.value) for name in OPTIMIZERS)}"
     )
 
 
-def _refuse_shards(args: Any) -> None:
+def _refuse_shards(optim: str) -> None:
     """Raises for engines whose parameters are shards at step time, before they could be trained wrongly."""
-    if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
+    if AcceleratorState().initialized and AcceleratorState().distributed_type in (
+        DistributedType.DEEPSPEED,
+        DistributedType.FSDP,
+        DistributedType.MEGATRON_LM,
+    ):
         raise ValueError(
-            f"optim={str(args.optim)!r} does not run under DeepSpeed in this version of hf_galore: its flat shards hold "
-            "no matrices. Use DDP or a single process"
-        )
-    if getattr(args, "fsdp", None) or getattr(args, "fsdp_plugin", None) is not None:
-        raise ValueError(
-            f"optim={str(args.optim)!r} does not run under FSDP in this version of hf_galore. Use DDP or a single process"
+            f"optim={optim!r} does not run under {AcceleratorState().distributed_type.value} in this version of "
+            "hf_galore, because that shards the matrices; use DDP or a single process"
         )
 
 
@@ -164,7 +166,7 @@ _OPTIMIZER_KEYS: dict[str, Callable[[str], Any]] = {
     "stochastic_rounding": _boolean,
     "seed": int,
 }
-_MEANING = {int: "an integer", float: "a number"}
+_MEANING: dict[Any, str] = {int: "an integer", float: "a number"}
 VALID_KEYS = ", ".join((*_GROUP_KEYS, *_OPTIMIZER_KEYS))
 
 
@@ -183,7 +185,7 @@ def _read_optim_args(given: dict[str, str]) -> tuple[dict[str, Any], dict[str, A
         try:
             values[key] = read(text)
         except ValueError as error:
-            raise ValueError(f"optim_args: {key}={text!r} is not {_MEANING.get(read, error)}") from error
+            raise ValueError(f"optim_args: {key}={text!r} is not {_MEANING.get(read, str(error))}") from error
     group = {**LOW_RANK_DEFAULTS, **{key: value for key, value in values.items() if key in _GROUP_KEYS}}
     return group, {key: value for key, value in values.items() if key in _OPTIMIZER_KEYS}
 
@@ -194,8 +196,8 @@ def _parse_optim_args(text: str | None) -> dict[str, str]:
         key, equals, value = part.partition("=")
         if not key or not equals or not value or "=" in value:
             raise ValueError(
-                f"optim_args={text!r}: {part!r} is not of the form key=value; several are separated by commas. Valid keys "
-                f"of the GaLore optimizers are {VALID_KEYS}"
+                f"optim_args={text!r}: {part!r} is not of the form key=value; several are separated by commas. Valid "
+                f"keys of the GaLore optimizers are {VALID_KEYS}"
             )
     return trainer_optimizer._parse_optim_args(text)
 

@@ -19,9 +19,10 @@ class GaLoreAdafactor(LowRankOptimizer):
         W ← (1 − lr·weight_decay)·W − scale·back(lr·N)
 
     A vector keeps its whole second moment. With beta1, N is averaged over the steps, learning rate included. With
-    scale_parameter, lr is multiplied by max(eps2, rms(W)); with relative_step, lr is 1/√t bounded by 1e-2 (or by 1e-6·t
-    with warmup_init). Defaults and options are those of transformers.Adafactor and galore-torch; the Trainer gives
-    scale_parameter=False, relative_step=False and its learning rate. In a batch of matrices each is clipped by itself.
+    scale_parameter, lr is multiplied by max(eps2, rms(W)); with relative_step, lr is 1/√t bounded by 1e-2 (or by
+    1e-6·t with warmup_init). Defaults and options are those of transformers.Adafactor and galore-torch; the Trainer
+    gives scale_parameter=False, relative_step=False and its learning rate. In a batch of matrices each is clipped by
+    itself.
 
     Raises:
         ValueError: lr and relative_step are both given, or neither; or a hyper-parameter is out of range.
@@ -115,7 +116,7 @@ def _rms(values: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
 
 
 def _learning_rate(group: Group, step: int, param: Tensor) -> float:
-    """The learning rate of this step: the group's, or the relative one, times the parameter's own size if asked for."""
+    """The learning rate of this step: the group's or the relative one, times the parameter's size if asked for."""
     if group["relative_step"]:
         lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
     else:

@@ -17,9 +17,9 @@ class GaLoreAdamW(LowRankOptimizer):
         N = √(1−β2ᵗ)/(1−β1ᵗ) · M/(√V + eps)
         W ← (1 − lr·weight_decay)·W − lr·scale·back(N)
 
-    As in galore-torch, eps is added before the bias correction of V (torch.optim.AdamW adds it after; the two differ by
-    the factor √(1−β2ᵗ) on eps), and its default is 1e-6. As in torch and unlike galore-torch, W is decayed before the
-    update is added, not after it.
+    As in galore-torch, eps is added before the bias correction of V (torch.optim.AdamW adds it after; the two differ
+    by the factor √(1−β2ᵗ) on eps), and its default is 1e-6. As in torch and unlike galore-torch, W is decayed before
+    the update is added, not after it.
 
     Args:
         params: parameters or groups; see `LowRankOptimizer` for the group keys.

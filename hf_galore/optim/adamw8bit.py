@@ -7,17 +7,18 @@ from torch import Tensor
 
 from hf_galore.optim.adamw import GaLoreAdamW
 from hf_galore.optim.moments import Blockwise8bit, MomentFormat
-from hf_galore.optim.optimizer import Group, check_integer
+from hf_galore.optim.optimizer import Group, LowRankOptimizer, check_integer
 
 
 class GaLoreAdamW8bit(GaLoreAdamW):
     """`GaLoreAdamW` with block-wise dynamic 8-bit moments (arXiv 2110.02861), in the code book of bitsandbytes.
 
-    The update is that of `GaLoreAdamW`, computed in float32 from the dequantised moments; they are quantised again after
-    it. A moment of fewer than `min_8bit_size` elements (the low-rank moment, in a group with `rank`) stays in floats.
+    The update is that of `GaLoreAdamW`, computed in float32 from the dequantised moments; they are quantised again
+    after it. A moment of fewer than `min_8bit_size` elements (the low-rank moment, in a group with `rank`) stays in
+    floats.
 
-    Deviations from galore-torch's class: eps and weight_decay have `GaLoreAdamW`'s meaning and defaults for every group
-    (there: 1e-8 and 1e-2), and it runs on any device.
+    Deviations from galore-torch's class: eps and weight_decay have `GaLoreAdamW`'s meaning and defaults for every
+    group (there: 1e-8 and 1e-2), and it runs on any device.
 
     Args:
         min_8bit_size: moments with fewer elements than this are kept in `state_dtype`.
@@ -41,20 +42,27 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
-        check_integer("min_8bit_size", min_8bit_size, low=0)
-        self._min_8bit_size = min_8bit_size
-        super().__init__(
+        LowRankOptimizer.__init__(
+            self,
             params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "correct_bias": True,
+                "min_8bit_size": min_8bit_size,
+                "state_dtype": state_dtype,
+                "stochastic_rounding": stochastic_rounding,
+                "seed": seed,
+            },
         )
 
+    def check_group(self, group: Group) -> None:
+        super().check_group(group)
+        check_integer("min_8bit_size", group["min_8bit_size"], low=0)
+
     def moment_format(self, name: str, shape: torch.Size, group: Group, work: torch.dtype) -> MomentFormat:
-        if shape.numel() < self._min_8bit_size or work == torch.float64:
+        if shape.numel() < group["min_8bit_size"] or work == torch.float64:
             return super().moment_format(name, shape, group, work)
         return Blockwise8bit(signed=name == "exp_avg")

@@ -1,8 +1,8 @@
 """Block-wise dynamic 8-bit numbers (Dettmers et al., arXiv 2110.02861) with the code book of bitsandbytes.
 
 Each block of 256 consecutive values is divided by its largest magnitude and every value replaced by the index of the
-nearest of 256 codes, which are dense near zero. Deviation: a positive value of an unsigned moment never becomes the code
-of zero, so that a second moment cannot vanish under a first moment that does not.
+nearest of 256 codes, which are dense near zero. Deviation: a positive value of an unsigned moment never becomes the
+code of zero, so that a second moment cannot vanish under a first moment that does not.
 """
 
 from functools import cache
@@ -18,8 +18,8 @@ BLOCK = 256
 def code_book(signed: bool, device: torch.device) -> Tensor:
     """The 256 codes in ascending order (float32): [-1, 1] if signed, else [0, 1].
 
-    For each decade 10^-6 … 10^0 the interval [0.1, 1] is cut into 2^i equal parts (2^(i+1) if unsigned), i = 0 … 6; the
-    codes are the middles of these parts, and zero and one.
+    For each decade 10^-6 … 10^0 the interval [0.1, 1] is cut into 2^i equal parts (2^(i+1) if unsigned), i = 0 … 6;
+    the codes are the middles of these parts, and zero and one.
     """
     codes = [torch.tensor([0.0, 1.0])]
     for i in range(7):

@@ -33,7 +33,7 @@ class MomentFormat(Protocol):
 
 @dataclass(frozen=True)
 class Float:
-    """Moments in `dtype`, worked on in `work`. Where the two agree, `read` gives the state itself and nothing is copied."""
+    """Moments in `dtype`, worked on in `work`; where the two agree `read` gives the state itself, not a copy."""
 
     dtype: torch.dtype
     work: torch.dtype

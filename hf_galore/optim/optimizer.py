@@ -28,7 +28,8 @@ LOW_RANK_DEFAULTS: dict[str, Any] = {"update_proj_gap": 200, "scale": 0.25, "pro
 class LowRankOptimizer(torch.optim.Optimizer):
     """Steps matrices in low-rank coordinates where their group has a `rank`, and everything else at full rank.
 
-    For W (m, n) with gradient G in a group with `rank` (GaLore, arXiv 2403.03507; see `hf_galore.subspace` for the sides):
+    For W (m, n) with gradient G in a group with `rank` (GaLore, arXiv 2403.03507; see `hf_galore.subspace` for the
+    sides):
 
         every `update_proj_gap` steps:  basis from G
         R = project(G);  N = rule(R);  W ← (1 − lr·weight_decay)·W − lr·scale·back(N)
@@ -99,11 +100,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_refresh_seconds", 0.0)
         self.__dict__.setdefault("_warned", set())
 
-    @torch._disable_dynamo  # type: ignore[misc]
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict as torch does, but leaves every state tensor in the dtype it was saved in.
 
-        torch casts floating-point state to the parameter's dtype, and 8-bit codes to floats; both would change the run.
+        torch casts floating-point state to the parameter's dtype, and 8-bit codes to floats; both would change the
+        run.
 
         Raises:
             ValueError: the state was written by galore-torch, or its groups do not fit.
@@ -129,7 +131,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes one step on every parameter that has a gradient; `closure` re-evaluates the model and returns the loss."""
+        """Takes one step on every parameter with a gradient; `closure` re-evaluates the model and returns the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -188,7 +190,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         started = time.perf_counter()
         rank = min(group["rank"], *param.shape[-2:])
         if rank < group["rank"]:
-            self._warn(f"rank={group['rank']} is larger than a matrix of shape {tuple(param.shape)} allows: using {rank}")
+            self._warn(
+                f"rank={group['rank']} is larger than a matrix of shape {tuple(param.shape)} allows: using {rank}"
+            )
         side = resolve_side(group["proj_type"], param.shape)
         basis, reason = refresh(
             grad, rank, side, SUBSPACES[group["subspace"]], state.get("basis"), mix64(*key) & 0x7FFFFFFFFFFFFFFF
@@ -206,13 +210,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         kind = message[:40]
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(f"{type(self).__name__}: {message}. Further cases are not reported", stacklevel=4)
+            warnings.warn(f"{type(self).__name__}: {message}. Further cases are not reported", stacklevel=2)
 
 
 GALORE_TORCH_STATE = (
     "this optimizer state was written by galore-torch, whose projector objects cannot be read safely. Start from the "
-    "checkpoint's weights instead: load the checkpoint folder as the model and train without resume_from_checkpoint, or "
-    "delete its optimizer.pt and scheduler.pt (the moments start again from zero)"
+    "checkpoint's weights instead: load the checkpoint folder as the model and train without resume_from_checkpoint, "
+    "or delete its optimizer.pt and scheduler.pt (the moments start again from zero)"
 )
 
 
@@ -275,7 +279,9 @@ def check_number(name: str, value: Any, *, low: float, high: float = math.inf) -
     if isinstance(value, bool | str) or not isinstance(value, int | float | Tensor):
         raise TypeError(f"{name}={value!r} is not a number")
     if not low <= float(value) < high:
-        raise ValueError(f"Invalid {name}: {value} - should be >= {low}" + (f" and < {high}" if high < math.inf else ""))
+        raise ValueError(
+            f"Invalid {name}: {value} - should be >= {low}" + (f" and < {high}" if high < math.inf else "")
+        )
 
 
 def check_integer(name: str, value: Any, *, low: int) -> None:

@@ -1,0 +1,123 @@
+"""The papers' algorithms, written literally: slow, one matrix at a time, no shared code with hf_galore.
+
+G (m, n) is the gradient of W (m, n). Every class keeps its own state; `step(W, G)` returns the new weight.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class GaLoreProjector:
+    """GaLore, arXiv 2403.03507, section 4: P_t and Q_t from the SVD of G every T steps, for each proj_type."""
+
+    def __init__(self, rank: int, gap: int, proj_type: str, svd_dtype: torch.dtype | None = None) -> None:
+        self.rank, self.gap, self.proj_type, self.svd_dtype = rank, gap, proj_type, svd_dtype
+
+    def side(self, shape: torch.Size) -> str:
+        tall = shape[0] >= shape[1]
+        if self.proj_type == "std":
+            return "right" if tall else "left"
+        if self.proj_type == "reverse_std":
+            return "left" if tall else "right"
+        return self.proj_type
+
+    def project(self, grad: Tensor, t: int) -> Tensor:
+        if t % self.gap == 0:
+            u, _, vh = torch.linalg.svd(grad.to(self.svd_dtype or grad.dtype), full_matrices=False)
+            self.p, self.q = u[:, : self.rank].to(grad.dtype), vh[: self.rank, :].T.to(grad.dtype)
+        if self.side(grad.shape) == "right":
+            return grad @ self.q
+        if self.side(grad.shape) == "left":
+            return self.p.T @ grad
+        return self.p.T @ grad @ self.q
+
+    def back(self, update: Tensor, shape: torch.Size) -> Tensor:
+        if self.side(shape) == "right":
+            return update @ self.q.T
+        if self.side(shape) == "left":
+            return self.p @ update
+        return self.p @ update @ self.q.T
+
+
+class GaLoreAdamW:
+    """Algorithm 2 of the GaLore paper with decoupled weight decay (arXiv 1711.05101).
+
+    eps is added to the root of the uncorrected second moment, as in galore-torch and in the second form of Adam
+    (arXiv 1412.6980, end of section 2); the paper's own line differs from it by the factor √(1−β2ᵗ) on eps.
+    """
+
+    def __init__(self, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, scale=1.0, projector=None) -> None:
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.scale, self.projector = scale, projector
+        self.t, self.m, self.v = 0, 0.0, 0.0
+
+    def step(self, weight: Tensor, grad: Tensor) -> Tensor:
+        beta1, beta2 = self.betas
+        r = self.projector.project(grad, self.t) if self.projector else grad
+        self.t += 1
+        self.m = beta1 * self.m + (1 - beta1) * r
+        self.v = beta2 * self.v + (1 - beta2) * r**2
+        correction = math.sqrt(1 - beta2**self.t) / (1 - beta1**self.t)
+        n = correction * self.m / (torch.sqrt(self.v) + self.eps)
+        full = self.scale * self.projector.back(n, weight.shape) if self.projector else n
+        return weight - self.lr * full - self.lr * self.weight_decay * weight
+
+
+class GaLoreAdafactor:
+    """Adafactor, arXiv 1804.04235, Algorithms 4 and 5 (relative step sizes off), on the gradient or on R."""
+
+    def __init__(
+        self, lr=1e-3, eps=(1e-30, 1e-3), clip=1.0, decay=-0.8, beta1=None, weight_decay=0.0, scale=1.0, projector=None
+    ) -> None:
+        self.lr, self.eps, self.clip, self.decay, self.beta1 = lr, eps, clip, decay, beta1
+        self.weight_decay, self.scale, self.projector = weight_decay, scale, projector
+        self.t, self.row, self.col, self.v, self.m = 0, 0.0, 0.0, 0.0, 0.0
+
+    def step(self, weight: Tensor, grad: Tensor) -> Tensor:
+        g = self.projector.project(grad, self.t) if self.projector else grad
+        self.t += 1
+        beta2 = 1 - self.t**self.decay
+        square = g**2 + self.eps[0]
+        if g.dim() == 2:
+            self.row = beta2 * self.row + (1 - beta2) * square.mean(1)
+            self.col = beta2 * self.col + (1 - beta2) * square.mean(0)
+            v = self.row[:, None] * self.col[None, :] / self.row.mean()
+        else:
+            self.v = beta2 * self.v + (1 - beta2) * square
+            v = self.v
+        u = g / torch.sqrt(v)
+        u = self.lr * u / max(1.0, float(torch.sqrt((u**2).mean())) / self.clip)
+        if self.beta1 is not None:
+            self.m = self.beta1 * self.m + (1 - self.beta1) * u
+            u = self.m
+        full = self.scale * self.projector.back(u, weight.shape) if self.projector else u
+        return weight - full - self.lr * self.weight_decay * weight
+
+
+class ReferenceOptimizer(torch.optim.Optimizer):
+    """Runs a literal rule on each parameter, so that the references can be put into a training loop.
+
+    Groups take galore-torch's keys. `rule` makes the rule of one parameter from a projector (or None) and a scale.
+    """
+
+    def __init__(self, params, rule, svd_dtype=None, lr=1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+        self.rule, self.svd_dtype = rule, svd_dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    projector = None
+                    if "rank" in group:
+                        keys = (group["rank"], group["update_proj_gap"], group["proj_type"])
+                        projector = GaLoreProjector(*keys, svd_dtype=self.svd_dtype)
+                    state["rule"] = self.rule(projector=projector, scale=group.get("scale", 1.0))
+                state["rule"].lr = group["lr"]
+                param.copy_(state["rule"].step(param.clone(), param.grad))
