@@ -90,17 +90,18 @@ def _galore_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type[tor
         TypeError: `optim_target_modules` is neither a string nor a list.
     """
     args = ctx.args
-    _refuse_shards(str(args.optim))
+    name = OptimizerNames(args.optim)
+    _refuse_shards(name.value)
     if args.optim_target_modules is None:
         raise ValueError(
-            f"optim={str(args.optim)!r} needs optim_target_modules: 'all-linear', a regular expression, part of a "
+            f"optim={name.value!r} needs optim_target_modules: 'all-linear', a regular expression, part of a "
             "module name, or a list of those"
         )
     if ctx.model is None:
-        raise ValueError(f"optim={str(args.optim)!r} needs the model: pass it to get_optimizer_cls_and_kwargs")
+        raise ValueError(f"optim={name.value!r} needs the model: pass it to get_optimizer_cls_and_kwargs")
     low_rank, options = _read_optim_args(ctx.optim_args)
     kwargs: dict[str, Any] = {**ctx.optimizer_kwargs, "seed": args.seed, **options}
-    optimizer = OPTIMIZERS[OptimizerNames(args.optim)]
+    optimizer = OPTIMIZERS[name]
     if optimizer is GaLoreAdafactor:
         kwargs.update(scale_parameter=False, relative_step=False)
     else:
@@ -119,7 +120,7 @@ def _layerwise_optimizer(
     ctx: trainer_optimizer.OptimizerContext,
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     raise NotImplementedError(
-        f"optim={str(ctx.args.optim)!r} is not in this version of hf_galore yet; use one of "
+        f"optim={OptimizerNames(ctx.args.optim).value!r} is not in this version of hf_galore yet; use one of "
         f"{', '.join(repr(name.value) for name in OPTIMIZERS)}"
     )
 

@@ -246,7 +246,7 @@ def test_an_optimizer_warns_once_about_a_rank_it_clamps():
     for param in params:
         param.grad = torch.randn_like(param)
     with pytest.warns(
-        UserWarning, match=r"rank=50 is larger than a matrix of shape \(12, 8\) allows: using 8"
+        UserWarning, match=r"rank=50 is larger than a matrix of shape \(12, 8\) has: it is clamped"
     ) as caught:
         optimizer.step()
     assert len(caught) == 1

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hf_galore.ops import add_, add_lowrank_
-from hf_galore.optim.moments import Float, MomentFormat, State
+from hf_galore.optim.moments import Float, MomentFormat
 from hf_galore.rounding import RoundingKey, mix64
-from hf_galore.subspace import PROJ_TYPES, SUBSPACES, refresh, resolve_side
+from hf_galore.subspace import PROJ_TYPES, SUBSPACES, Side, refresh, resolve_side
 
 Group = dict[str, Any]
 
@@ -147,29 +147,28 @@ class LowRankOptimizer(torch.optim.Optimizer):
     # The step of one parameter, in the order of the paper.
 
     def _step_one(self, param: Tensor, group: Group, number: int) -> None:
+        """Steps parameter `number` (counted over all groups)."""
         grad, state = param.grad, self.state[param]
         assert grad is not None
         if grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         work = torch.float64 if param.dtype == torch.float64 else torch.float32
-        done = int(state["step"]) if state else 0
+        done = int(state.get("step", 0))
         key = RoundingKey(group["seed"], done, number)
         side = None
         if group.get("rank") is not None:
             side = resolve_side(group["proj_type"], param.shape)
             if done % group["update_proj_gap"] == 0 or "basis" not in state:
-                self._refresh(param, grad, state, group, key, work)
+                state["basis"] = self._refresh(param, side, group, key).to(group["state_dtype"] or work)
             grad = side.project(*_same_precision(grad, state["basis"]))
         grad = grad.to(work)
 
-        formats = {
-            name: self.moment_format(name, shape, group, work)
-            for name, shape in self.moment_shapes(grad.shape, group).items()
-        }
+        shapes = self.moment_shapes(grad.shape, group)
+        formats = {name: self.moment_format(name, shape, group, work) for name, shape in shapes.items()}
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            for name, shape in self.moment_shapes(grad.shape, group).items():
-                formats[name].create(state, name, shape, param.device)
+            for name, kept in formats.items():
+                kept.create(state, name, shapes[name], param.device)
         state["step"] += 1
         moments = {name: kept.read(state, name) for name, kept in formats.items()}
         delta, lr = self.update(grad, moments, group, done + 1, param)
@@ -184,26 +183,24 @@ class LowRankOptimizer(torch.optim.Optimizer):
             left, right = side.factors(delta, state["basis"].to(work))
             add_lowrank_(param, left, right, alpha=-group["scale"], beta=beta, key=rounding)
 
-    def _refresh(
-        self, param: Tensor, grad: Tensor, state: State, group: Group, key: RoundingKey, work: torch.dtype
-    ) -> None:
+    def _refresh(self, param: Tensor, side: Side, group: Group, key: RoundingKey) -> Tensor:
+        """The new basis of a parameter, from its gradient; warns where the gradient cannot give one."""
         started = time.perf_counter()
-        rank = min(group["rank"], *param.shape[-2:])
-        if rank < group["rank"]:
+        assert param.grad is not None
+        if group["rank"] > min(param.shape[-2:]):
             self._warn(
-                f"rank={group['rank']} is larger than a matrix of shape {tuple(param.shape)} allows: using {rank}"
+                f"rank={group['rank']} is larger than a matrix of shape {tuple(param.shape)} has: it is clamped"
             )
-        side = resolve_side(group["proj_type"], param.shape)
-        basis, reason = refresh(
-            grad, rank, side, SUBSPACES[group["subspace"]], state.get("basis"), mix64(*key) & 0x7FFFFFFFFFFFFFFF
-        )
+        seed = mix64(*key) >> 1  # torch's generators take 63 bits
+        previous = self.state[param].get("basis")
+        basis, reason = refresh(param.grad, group["rank"], side, SUBSPACES[group["subspace"]], previous, seed)
         if reason is not None:
             self._warn(
                 f"a basis refresh found that {reason} (parameter of shape {tuple(param.shape)}, step {key.step}): "
                 "keeping the old basis, or taking seeded random directions where there is none"
             )
-        state["basis"] = basis.to(group["state_dtype"] or work)
         self._refresh_seconds += time.perf_counter() - started
+        return basis
 
     def _warn(self, message: str) -> None:
         """Warns once for each kind of message (its first words), not once for each parameter and step."""
