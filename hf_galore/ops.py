@@ -19,22 +19,24 @@ def add_lowrank_(
     weight: Tensor, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None
 ) -> None:
     """weight (..., m, n) ← beta·weight + alpha·left (..., m, k) @ right (..., k, n), in place."""
-    if weight.dtype in (torch.float32, torch.float64):
-        left, right = left.to(weight.dtype), right.to(weight.dtype)
-        if weight.dim() == 2:
-            weight.addmm_(left, right, beta=beta, alpha=alpha)
-        else:
-            batch, lefts, rights = (t.view(-1, *t.shape[-2:]) for t in (weight, left, right))
-            batch.baddbmm_(lefts, rights, beta=beta, alpha=alpha)
+    wide = weight.dtype in (torch.float32, torch.float64)
+    # A product in bfloat16 is rounded before it is added; float16 could overflow, its product is taken in float32.
+    product = weight.dtype if wide or weight.dtype == torch.bfloat16 else torch.float32
+    left, right = left.to(product), right.to(product)
+    if wide and weight.dim() == 2:
+        weight.addmm_(left, right, beta=beta, alpha=alpha)
         return
-    if weight.dtype == torch.bfloat16:  # float16 could overflow: its product is taken in float32
-        left, right = left.to(weight.dtype), right.to(weight.dtype)
-    for index, (one, a, b) in enumerate(zip(*(t.view(-1, *t.shape[-2:]) for t in (weight, left, right)), strict=True)):
+    lefts, rights = (factor.reshape(-1, *factor.shape[-2:]) for factor in (left, right))
+    with _viewed(weight, -1, *weight.shape[-2:]) as batch:
+        if wide:
+            batch.baddbmm_(lefts, rights, beta=beta, alpha=alpha)
+            return
+        for index, (one, a, b) in enumerate(zip(batch, lefts, rights, strict=True)):
 
-        def new_rows(rows: slice, one: Tensor = one, a: Tensor = a, b: Tensor = b) -> Tensor:
-            return one[rows].float().mul_(beta).add_(a[rows] @ b, alpha=alpha)
+            def new_rows(rows: slice, one: Tensor = one, a: Tensor = a, b: Tensor = b) -> Tensor:
+                return one[rows].float().mul_(beta).add_(a[rows] @ b, alpha=alpha)
 
-        _round_rows_(one, new_rows, key, first_row=index * one.shape[0])
+            _round_rows_(one, new_rows, key, first_row=index * one.shape[0])
 
 
 def add_(weight: Tensor, delta: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
@@ -44,23 +46,28 @@ def add_(weight: Tensor, delta: Tensor, *, alpha: float, beta: float, key: Round
             weight.mul_(beta)
         weight.add_(delta, alpha=alpha)
         return
-    with _rows_of(weight) as matrix:
+    with _viewed(weight, -1, _width(weight)) as matrix:
         deltas = delta.reshape(matrix.shape)
         _round_rows_(matrix, lambda rows: matrix[rows].float().mul_(beta).add_(deltas[rows], alpha=alpha), key)
 
 
 def round_into_(target: Tensor, values: Tensor, key: RoundingKey | None) -> None:
-    """target ← values (float32) in the target's dtype, in place, rounded as a weight is."""
-    with _rows_of(target) as matrix:
+    """target ← values in the target's dtype, in place, rounded as a weight is."""
+    with _viewed(target, -1, _width(target)) as matrix:
         source = values.reshape(matrix.shape)
-        _round_rows_(matrix, lambda rows: source[rows].clone(), key)
+        _round_rows_(matrix, lambda rows: source[rows].float(), key)
+
+
+def _width(tensor: Tensor) -> int:
+    """The length of a row: the last dimension."""
+    return tensor.shape[-1] if tensor.dim() else 1
 
 
 @contextmanager
-def _rows_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor as a matrix with its last dimension as columns; what is written there ends up in the tensor."""
+def _viewed(tensor: Tensor, *shape: int) -> Iterator[Tensor]:
+    """The tensor in another shape, whatever its strides; what is written there ends up in the tensor."""
     dense = tensor.contiguous()
-    yield dense.view(-1, dense.shape[-1] if dense.dim() else 1)
+    yield dense.view(shape)
     if dense is not tensor:
         tensor.copy_(dense)
 

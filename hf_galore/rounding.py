@@ -53,9 +53,9 @@ def random_bits(key: RoundingKey, rows: range, cols: int, device: torch.device) 
 
 
 def round_stochastic(values: Tensor, bits: Tensor) -> Tensor:
-    """float32 `values` (rows, cols) rounded to bfloat16: up with the probability of the part that is cut off.
+    """float32 `values` rounded to bfloat16: up with the probability of the part that is cut off.
 
-    `values` is overwritten. Exact bfloat16 numbers and infinities stay as they are; NaN stays NaN.
+    Exact bfloat16 numbers and infinities stay as they are; NaN stays NaN.
     """
-    values.view(torch.int32).add_(bits)
-    return values.view(torch.bfloat16)[:, 1::2]
+    words = values.view(torch.int32).add(bits).bitwise_and_(-(1 << 16))
+    return torch.where(values.isnan(), values, words.view(torch.float32)).to(torch.bfloat16)

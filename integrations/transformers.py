@@ -127,14 +127,11 @@ def _layerwise_optimizer(
 
 def _refuse_shards(optim: str) -> None:
     """Raises for engines whose parameters are shards at step time, before they could be trained wrongly."""
-    if AcceleratorState().initialized and AcceleratorState().distributed_type in (
-        DistributedType.DEEPSPEED,
-        DistributedType.FSDP,
-        DistributedType.MEGATRON_LM,
-    ):
+    engine = AcceleratorState._shared_state.get("distributed_type")  # empty until a Trainer has made its accelerator
+    if engine in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"optim={optim!r} does not run under {AcceleratorState().distributed_type.value} in this version of "
-            "hf_galore, because that shards the matrices; use DDP or a single process"
+            f"optim={optim!r} does not run under {engine.value} in this version of hf_galore, because that shards the "
+            "matrices; use DDP or a single process"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_galore.optim.optimizer import Group, LowRankOptimizer, check_number
+from hf_galore.optim.optimizer import Group, LowRankOptimizer, check_boolean, check_number
 
 
 class GaLoreAdafactor(LowRankOptimizer):
@@ -65,6 +65,8 @@ class GaLoreAdafactor(LowRankOptimizer):
         )
 
     def check_group(self, group: Group) -> None:
+        for name in ("scale_parameter", "relative_step", "warmup_init"):
+            check_boolean(name, group[name])
         if group["lr"] is not None and group["relative_step"]:
             raise ValueError("lr and relative_step=True exclude each other: pass relative_step=False to use lr")
         if group["lr"] is None and not group["relative_step"]:
@@ -76,9 +78,8 @@ class GaLoreAdafactor(LowRankOptimizer):
             raise TypeError(f"eps={eps!r} is not a pair of numbers")
         for index, value in enumerate(eps):
             check_number(f"epsilon value at index {index}", value, low=0.0)
-        check_number("clip_threshold", group["clip_threshold"], low=0.0)
-        if not -1.0 <= group["decay_rate"] <= 0.0:
-            raise ValueError(f"Invalid decay_rate: {group['decay_rate']} - should be in [-1.0, 0.0]")
+        check_number("clip_threshold", group["clip_threshold"], low=math.nextafter(0.0, 1.0))
+        check_number("decay_rate", group["decay_rate"], low=-1.0, high=0.0)
         if group["beta1"] is not None:
             check_number("beta1", group["beta1"], low=0.0, high=1.0)
 

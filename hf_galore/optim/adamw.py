@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_galore.optim.optimizer import Group, LowRankOptimizer, check_number
+from hf_galore.optim.optimizer import Group, LowRankOptimizer, check_boolean, check_number
 
 
 class GaLoreAdamW(LowRankOptimizer):
@@ -92,3 +92,4 @@ def check_adam(group: Group) -> None:
     for index, beta in enumerate(betas):
         check_number(f"beta parameter at index {index}", beta, low=0.0, high=1.0)
     check_number("epsilon value", group["eps"], low=0.0)
+    check_boolean("correct_bias", group["correct_bias"])

@@ -32,10 +32,7 @@ def code_book(signed: bool, device: torch.device) -> Tensor:
 @cache
 def _boundaries(signed: bool, device: torch.device) -> Tensor:
     codes = code_book(signed, device)
-    middles = (codes[:-1] + codes[1:]) / 2
-    if not signed:
-        middles[0] = 0.0
-    return middles
+    return (codes[:-1] + codes[1:]) / 2
 
 
 def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -44,15 +41,23 @@ def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     codes = torch.bucketize(scaled, _boundaries(signed, values.device), out_int32=True).to(torch.uint8)
-    return codes.view(-1)[: values.numel()].view(values.shape), absmax
+    if not signed:
+        codes = torch.maximum(codes, (blocks > 0).to(torch.uint8))
+    return _unblocked(codes, values.shape), absmax
 
 
 def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     """The float32 values that `codes` and `absmax` stand for, in the shape of `codes`."""
     blocks = _blocks(code_book(signed, codes.device)[codes.int()]).mul_(absmax[:, None])
-    return blocks.view(-1)[: codes.numel()].view(codes.shape)
+    return _unblocked(blocks, codes.shape)
 
 
 def _blocks(values: Tensor) -> Tensor:
     """The values as rows of 256, the last one filled up with zeros."""
     return pad(values.reshape(-1), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def _unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_blocks`, in storage of its own where there was something to fill up."""
+    flat = blocks.view(-1)
+    return (flat if flat.numel() == shape.numel() else flat[: shape.numel()].clone()).view(shape)

@@ -6,7 +6,7 @@ changes the value in place and never learns which format it was.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ State = dict[str, Any]
 
 class MomentFormat(Protocol):
     """Keeps one named moment of a parameter in its optimizer state."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor that is kept."""
 
     def create(self, state: State, name: str, shape: torch.Size, device: torch.device) -> None:
         """Puts a zero moment into the state."""
@@ -55,6 +59,7 @@ class Blockwise8bit:
     """Moments as 8-bit codes (uint8, the moment's shape) with one float32 `<name>_absmax` for each block of 256."""
 
     signed: bool
+    dtype: ClassVar[torch.dtype] = torch.uint8
 
     def create(self, state: State, name: str, shape: torch.Size, device: torch.device) -> None:
         self.write(state, name, torch.zeros(shape, dtype=torch.float32, device=device), None)

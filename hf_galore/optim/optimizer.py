@@ -99,6 +99,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_refresh_seconds", 0.0)
         self.__dict__.setdefault("_warned", set())
+        for group in self.param_groups:  # a state dict of an older version may lack keys that came later
+            for key, value in (self.defaults | (LOW_RANK_DEFAULTS if group.get("rank") is not None else {})).items():
+                group.setdefault(key, value)
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -108,21 +111,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         run.
 
         Raises:
-            ValueError: the state was written by galore-torch, or its groups do not fit.
+            ValueError: the state was written by galore-torch or by another class of ours, or its groups do not fit.
+                Nothing has been loaded then.
         """
-        if any("projector" in state for state in state_dict["state"].values() if isinstance(state, dict)):
-            raise ValueError(GALORE_TORCH_STATE)
-        handle = self.register_load_state_dict_pre_hook(_seal)
+        seal = self.register_load_state_dict_pre_hook(_seal)
+        unseal = self.register_load_state_dict_post_hook(_unseal, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        for param, state in self.state.items():
-            for name, value in state.items():
-                if name == "step":
-                    state[name] = torch.as_tensor(value.tensor if isinstance(value, _Sealed) else value).float().cpu()
-                elif isinstance(value, _Sealed):
-                    state[name] = value.tensor.to(param.device).contiguous()
+            seal.remove()
+            unseal.remove()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -148,11 +146,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _step_one(self, param: Tensor, group: Group, number: int) -> None:
         """Steps parameter `number` (counted over all groups)."""
-        grad, state = param.grad, self.state[param]
+        grad = param.grad
         assert grad is not None
         if grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        work = torch.float64 if param.dtype == torch.float64 else torch.float32
+        state = self.state[param]
+        work = _working_dtype(param)
         done = int(state.get("step", 0))
         key = RoundingKey(group["seed"], done, number)
         side = None
@@ -225,13 +224,45 @@ class _Sealed:
 
 
 def _seal(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with its tensors sealed, once it is clear that this optimizer can go on from it."""
+    assert isinstance(optimizer, LowRankOptimizer)
+    states = {index: state for index, state in state_dict["state"].items() if isinstance(state, dict)}
+    if any("projector" in state for state in states.values()):
+        raise ValueError(GALORE_TORCH_STATE)
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        for param, index in zip(group["params"], saved["params"], strict=False):
+            _check_formats(optimizer, param, {**group, **saved}, states.get(index, {}))
     sealed = {
         index: {name: _Sealed(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-        if isinstance(state, dict)
-        else state
-        for index, state in state_dict["state"].items()
+        for index, state in states.items()
     }
-    return {**state_dict, "state": sealed}
+    return {**state_dict, "state": {**state_dict["state"], **sealed}}
+
+
+def _check_formats(optimizer: LowRankOptimizer, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
+    for name in optimizer.moment_shapes(param.shape, group):
+        moment = state.get(name)
+        if isinstance(moment, Tensor):
+            kept = optimizer.moment_format(name, moment.shape, group, _working_dtype(param)).dtype
+            if (moment.dtype == torch.uint8) != (kept == torch.uint8):
+                raise ValueError(
+                    f"{name} was saved as {moment.dtype}, and {type(optimizer).__name__} keeps it as {kept}: load "
+                    "this state into the optimizer class that wrote it"
+                )
+
+
+def _unseal(optimizer: torch.optim.Optimizer) -> None:
+    for param, state in optimizer.state.items():
+        for name, value in state.items() if isinstance(state, dict) else ():
+            if name == "step":
+                state[name] = torch.as_tensor(value.tensor if isinstance(value, _Sealed) else value).float().cpu()
+            elif isinstance(value, _Sealed):
+                state[name] = value.tensor.to(param.device).contiguous()
+
+
+def _working_dtype(param: Tensor) -> torch.dtype:
+    """The precision that a parameter's step is computed in."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def _same_precision(grad: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,8 +288,7 @@ def _check_common(group: Group) -> None:
     check_number("weight_decay", group["weight_decay"], low=0.0)
     if group["state_dtype"] not in (None, torch.float64, *STATE_DTYPES.values()):
         raise ValueError(f"state_dtype={group['state_dtype']!r} is not one of None, {', '.join(STATE_DTYPES)}")
-    if not isinstance(group["stochastic_rounding"], bool):
-        raise TypeError(f"stochastic_rounding={group['stochastic_rounding']!r} is not True or False")
+    check_boolean("stochastic_rounding", group["stochastic_rounding"])
     check_integer("seed", group["seed"], low=0)
     if group.get("rank") is None:
         return
@@ -287,3 +317,9 @@ def check_integer(name: str, value: Any, *, low: int) -> None:
         raise TypeError(f"{name}={value!r} is not an integer")
     if value < low:
         raise ValueError(f"Invalid {name}: {value} - should be >= {low}")
+
+
+def check_boolean(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is not True or False")

@@ -1,0 +1,52 @@
+# On a machine with Python >= 3.10 and pip, each target first makes .venv and installs what it needs there, once.
+#   make demo ARGS="..."           run examples/pretrain.py
+#   make test PYTEST_ARGS="..."    run the tests
+#   make lint                      ruff and mypy
+#   make install                   .venv for development (what test and lint need)
+#   make clean                     remove what builds and tests leave behind; .venv stays
+# Another Python: make test PYTHON=python3.12
+
+PYTHON ?= python3
+ARGS ?=
+PYTEST_ARGS ?= -n 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+
+.PHONY: demo test lint install clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/pretrain.py $(ARGS)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.dev
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("hf_galore needs Python 3.10 or newer, \
+	$(PYTHON) is " + sys.version.split()[0] + ": choose another one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: setup.py pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP_INSTALL) -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: setup.py pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP_INSTALL) -e ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,101 @@
+"""GaLore under DistributedDataParallel: two real processes (gloo), the real Trainer, and all ranks the same bits.
+
+The file is its own script: torchrun starts it twice, each rank writes what it has, the tests compare.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trainer_cases
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from trainer_cases import METHODS, Run, assert_same, llama, logged, state_of, weights
+
+import hf_galore
+
+RANKS = 2
+PRECISIONS = {"bfloat16": torch.bfloat16, "float64": torch.float64}
+STEPS = 5  # T = 2: bases are refreshed in steps 1, 3 and 5
+
+
+def train(method: str, precision: str, folder: Path, samples: int) -> dict:
+    """The weights, states and losses after a run with this many samples for each rank and step."""
+    trainer = Run(method, folder).train(
+        llama(PRECISIONS[precision]), per_device_train_batch_size=samples, max_steps=STEPS
+    )
+    states = {f"{name}/{key}": value for name, state in state_of(trainer).items() for key, value in state.items()}
+    wrapped = type(trainer.model_wrapped).__name__
+    return {"weights": weights(trainer.model), "states": states, "wrapped": wrapped, "losses": logged(trainer, "loss")}
+
+
+def refusal_of_fsdp(folder: Path) -> str:
+    """What training says under FSDP. On CPUs the Trainer would take fsdp=True for DDP, so the ranks claim GPUs."""
+    run = Run("galore_adamw", folder)
+    arguments = run.arguments(fsdp=True)
+    assert arguments.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = trainer_cases.Trainer(model=llama(), args=arguments, train_dataset=trainer_cases.tokens())
+    assert trainer.is_fsdp_enabled
+    with pytest.raises(ValueError, match="FSDP") as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+def main(output: Path) -> None:
+    gc.freeze()  # as _quick_collections of conftest.py
+    hf_galore.register()
+    results = {
+        (method, precision): train(method, precision, output, 2) for method in METHODS for precision in PRECISIONS
+    }
+    results["fsdp"] = refusal_of_fsdp(output)
+    torch.save(results, output / f"rank{os.environ['RANK']}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What the two ranks wrote."""
+    output = tmp_path_factory.mktemp("ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
+    process = subprocess.run(
+        [*torchrun, __file__, str(output)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return [torch.load(output / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_agree_bit_for_bit(ranks, method, precision):
+    """Weights, bases and moments, after the fifth step, which refreshed the bases; the run was DDP and did train."""
+    one, other = (rank[method, precision] for rank in ranks)
+    assert one["wrapped"] == "DistributedDataParallel"
+    assert_same(one["weights"], other["weights"])
+    assert_same(one["states"], other["states"])
+    assert {value.dtype for value in one["weights"].values()} == {PRECISIONS[precision]}
+    assert sum(name.endswith("/basis") for name in one["states"]) == 14
+    start = weights(llama(PRECISIONS[precision]))
+    assert not [name for name, value in one["weights"].items() if torch.equal(value, start[name])]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_are_one_process_with_twice_the_batch(ranks, method, ours, tmp_path):
+    """In float64 gradients differ by some 1e-16, which Adam divides by |g| + 1e-8: below 1e-11 a step at lr 1e-3."""
+    alone = train(method, "float64", tmp_path, 2 * RANKS)
+    for name, expected in alone["weights"].items():
+        torch.testing.assert_close(ranks[0][method, "float64"]["weights"][name], expected, rtol=0.0, atol=1e-10)
+    assert ranks[0][method, "float64"]["losses"] == pytest.approx(alone["losses"], rel=1e-6)  # losses are float32
+
+
+def test_fsdp_is_refused(ranks):
+    for rank in ranks:
+        assert "'galore_adamw' does not run under FSDP" in rank["fsdp"]
+        assert "use DDP or a single process" in rank["fsdp"]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

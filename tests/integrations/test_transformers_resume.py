@@ -1,0 +1,144 @@
+"""A run that is cut and resumed from its checkpoint is, bit for bit, the run that was not cut."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from trainer_cases import METHODS, Run, assert_same, build, llama, logged, registered, tokens, weights
+
+STEPS, GAP = 6, 3
+# Bases are refreshed in the first and the fourth step. The checkpoint after step ...
+CUTS = {"just before a refresh": 3, "just after a refresh": 4, "between refreshes": 2}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# With moments that decay, a schedule and clipping, there is more to lose.
+SETTINGS = {
+    "optim_args": f", update_proj_gap={GAP}",
+    "max_steps": STEPS,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 1.0,
+    "weight_decay": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+def state_bits(trainer):
+    """The optimizer's state as one flat dictionary, with its groups' hyper-parameters beside it."""
+    state_dict = trainer.optimizer.state_dict()
+    tensors = {f"{i}.{key}": value for i, state in state_dict["state"].items() for key, value in state.items()}
+    assert all(isinstance(value, torch.Tensor) for value in tensors.values())
+    return tensors, state_dict["param_groups"]
+
+
+def assert_resumes(run, model, cut, whole=None, **changes):
+    """Resumes a fresh Trainer on a fresh model at the cut; `whole` is the run that was not cut, or it is run now."""
+    whole = whole or run.train(model(), **SETTINGS | changes)
+    checkpoint = Path(whole.args.output_dir) / f"checkpoint-{cut}"
+    resumed = run.trainer(model(), **SETTINGS | changes | {"save_strategy": "no"})
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same(weights(resumed.model), weights(whole.model))
+    (tensors, groups), (expected, expected_groups) = state_bits(resumed), state_bits(whole)
+    assert_same(tensors, expected)
+    assert groups == expected_groups
+    assert len(logged(resumed, "loss")) == STEPS
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert logged(resumed, key)[cut:] == logged(whole, key)[cut:]
+
+
+@pytest.fixture(scope="module", params=[(m, p) for m in METHODS for p in PRECISIONS], ids="-".join)
+def whole(request, tmp_path_factory):
+    """A run, its dtype and its Trainer after the whole of it, with a checkpoint after each step."""
+    method, precision = request.param
+    run, dtype = Run(method, tmp_path_factory.mktemp("whole")), PRECISIONS[precision]
+    with registered():
+        return run, dtype, run.train(llama(dtype), **SETTINGS)
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_resuming_changes_nothing(whole, cut, ours):
+    run, dtype, trainer = whole
+    assert_resumes(run, lambda: llama(dtype, seed=1), cut, trainer)
+
+
+def test_the_state_is_tensors_that_load_safely(whole):
+    """weights_only=True loads it, in the dtypes in which it was kept: float32, and bytes for 8-bit moments."""
+    _, dtype, trainer = whole
+    saved = torch.load(Path(trainer.args.output_dir) / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)
+    tensors, _ = state_bits(trainer)
+    assert_same({f"{i}.{key}": value for i, state in saved["state"].items() for key, value in state.items()}, tensors)
+    kinds = {value.dtype for name, value in tensors.items()}
+    assert kinds == {torch.float32} | ({torch.uint8} if "8bit" in trainer.args.optim else set())
+    assert {param.dtype for param in trainer.model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resuming_with_dropout(method, ours, tmp_path):
+    """GPT-2 drops a tenth of everything: the generator's state is in the checkpoint, and no refresh draws from it."""
+    assert_resumes(Run(method, tmp_path), lambda: build(transformers.GPT2Config).train(), cut=4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resuming_a_mixture_with_a_bfloat16_state(method, ours, tmp_path):
+    """Fused experts with a basis each, and moments and bases that are rounded stochastically.
+
+    (gpt-oss, because the Trainer of transformers 5.23 loses the experts of Mixtral and Qwen3 with any optimizer: it
+    saves them under their names on the Hub, and does not find them there when it resumes.)
+    """
+    sizes = {"num_local_experts": 4, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 16}
+    sizes["num_experts_per_tok"] = 2
+    assert_resumes(
+        Run(method, tmp_path),
+        lambda: build(transformers.GptOssConfig, torch.bfloat16, **sizes),
+        cut=4,
+        optim_args=f", update_proj_gap={GAP}, state_dtype=bfloat16",
+    )
+
+
+INCUMBENTS = ["galore_adamw", "galore_adafactor"]  # its 8-bit class needs CUDA
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:galore_torch")
+@pytest.mark.parametrize("method", INCUMBENTS)
+def test_galore_torch_cannot_resume(method, incumbent, tmp_path):
+    with pytest.raises(pickle.UnpicklingError, match="GaLoreProjector"):
+        assert_resumes(Run(method, tmp_path), llama, cut=3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:galore_torch")
+def test_galore_torch_loses_the_state_layer_by_layer(incumbent, tmp_path):
+    """Its layerwise run goes on, with moments and bases that start from nothing."""
+    with pytest.raises(AssertionError, match="differ"):
+        assert_resumes(Run("galore_adamw_layerwise", tmp_path), llama, cut=3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:galore_torch")
+@pytest.mark.parametrize("method", INCUMBENTS)
+def test_a_checkpoint_of_galore_torch_is_refused_with_advice(method, incumbent, tmp_path):
+    """Its projector objects are not unpickled; the advice, to start from the checkpoint's weights, works."""
+    run = Run(method, tmp_path)
+    written = run.train(llama(), **SETTINGS)
+    checkpoint = tmp_path / "checkpoint-3"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 3
+    with registered():
+        resumed = run.trainer(llama(seed=1), **SETTINGS | {"save_strategy": "no"})
+        with pytest.raises(ValueError, match=r"written by galore-torch.*without resume_from_checkpoint") as caught:
+            resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert str(checkpoint) in str(caught.value)
+        model = type(written.model).from_pretrained(checkpoint)
+        assert logged(run.train(model, tokens()[12:], max_steps=1), "loss") == pytest.approx(
+            [logged(written, "loss")[3]], rel=1e-6
+        )
+
+
+def test_a_damaged_checkpoint_is_not_blamed_on_galore_torch(ours, tmp_path):
+    """Another object that cannot be loaded safely still gives torch's own error."""
+    run = Run("galore_adamw", tmp_path)
+    run.train(llama(), **SETTINGS | {"save_steps": 3})
+    torch.save(
+        {"state": {0: {"basis": Path("elsewhere")}}, "param_groups": []}, tmp_path / "checkpoint-3/optimizer.pt"
+    )
+    with pytest.raises(pickle.UnpicklingError, match="pathlib"):
+        run.trainer(llama(), **SETTINGS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
