@@ -1,11 +1,13 @@
-"""The write-back of an update into a weight, W ← beta·W + alpha·A B or W ← beta·W − delta, in the weight's own dtype.
+"""Products with low-rank factors, and the write-back of an update into a weight in the weight's own dtype.
 
-float32 and float64 weights take one GEMM with no m x n temporary. Lower precisions are computed in float32, a block of
-rows at a time, and rounded once: stochastically to bfloat16 if a `RoundingKey` is given, else to nearest.
+W ← beta·W + alpha·A B, or W ← beta·W + alpha·delta. float32 and float64 weights take one GEMM with no m x n temporary.
+Lower precisions are computed in float32, a block of rows at a time, and rounded once: stochastically to bfloat16 if a
+`RoundingKey` is given, else to nearest.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,13 +17,47 @@ from hf_galore.rounding import RoundingKey, random_bits, round_stochastic
 _BLOCK_ELEMENTS = 1 << 18  # a few float32 temporaries of this size stay in a CPU's second-level cache
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision in which a matrix of this dtype is multiplied by a low-rank factor.
+
+    bfloat16 where the device multiplies it natively; elsewhere, and for float16 (whose range is too small), float32.
+    """
+    if dtype == torch.bfloat16 and (device.type != "cpu" or _cpu_multiplies_bfloat16()):
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
+
+
+@cache
+def _cpu_multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a (..., m, k) @ b (..., k, n), in the higher of the two precisions if they differ.
+
+    The operand in the lower precision is then widened a block of rows at a time: no copy of it is ever whole.
+    """
+    if a.dtype == b.dtype:
+        return a @ b
+    if a.dim() > 2:
+        return torch.stack([matmul(x, y) for x, y in zip(a, b, strict=True)])
+    if a.dtype.itemsize < b.dtype.itemsize:
+        step = max(1, _BLOCK_ELEMENTS // a.shape[1])
+        return torch.cat([block.to(b.dtype) @ b for block in a.split(step)])
+    result = a.new_zeros(a.shape[0], b.shape[1])
+    step = max(1, _BLOCK_ELEMENTS // b.shape[1])
+    for columns, block in zip(a.split(step, dim=1), b.split(step), strict=True):
+        result.addmm_(columns, block.to(a.dtype))
+    return result
+
+
 def add_lowrank_(
     weight: Tensor, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None
 ) -> None:
     """weight (..., m, n) ← beta·weight + alpha·left (..., m, k) @ right (..., k, n), in place."""
     wide = weight.dtype in (torch.float32, torch.float64)
-    # A product in bfloat16 is rounded before it is added; float16 could overflow, its product is taken in float32.
-    product = weight.dtype if wide or weight.dtype == torch.bfloat16 else torch.float32
+    product = weight.dtype if wide else product_dtype(weight.dtype, weight.device)
     left, right = left.to(product), right.to(product)
     if wide and weight.dim() == 2:
         weight.addmm_(left, right, beta=beta, alpha=alpha)
@@ -34,7 +70,10 @@ def add_lowrank_(
         for index, (one, a, b) in enumerate(zip(batch, lefts, rights, strict=True)):
 
             def new_rows(rows: slice, one: Tensor = one, a: Tensor = a, b: Tensor = b) -> Tensor:
-                return one[rows].float().mul_(beta).add_(a[rows] @ b, alpha=alpha)
+                block = one[rows].float()
+                if product == torch.float32:
+                    return block.addmm_(a[rows], b, beta=beta, alpha=alpha)
+                return _scaled(block, beta).add_(a[rows] @ b, alpha=alpha)
 
             _round_rows_(one, new_rows, key, first_row=index * one.shape[0])
 
@@ -42,13 +81,11 @@ def add_lowrank_(
 def add_(weight: Tensor, delta: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
     """weight ← beta·weight + alpha·delta, element by element, in place; any shape."""
     if weight.dtype in (torch.float32, torch.float64):
-        if beta != 1.0:
-            weight.mul_(beta)
-        weight.add_(delta, alpha=alpha)
+        _scaled(weight, beta).add_(delta, alpha=alpha)
         return
     with _viewed(weight, -1, _width(weight)) as matrix:
         deltas = delta.reshape(matrix.shape)
-        _round_rows_(matrix, lambda rows: matrix[rows].float().mul_(beta).add_(deltas[rows], alpha=alpha), key)
+        _round_rows_(matrix, lambda rows: _scaled(matrix[rows].float(), beta).add_(deltas[rows], alpha=alpha), key)
 
 
 def round_into_(target: Tensor, values: Tensor, key: RoundingKey | None) -> None:
@@ -56,6 +93,11 @@ def round_into_(target: Tensor, values: Tensor, key: RoundingKey | None) -> None
     with _viewed(target, -1, _width(target)) as matrix:
         source = values.reshape(matrix.shape)
         _round_rows_(matrix, lambda rows: source[rows].float(), key)
+
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    """tensor ← factor·tensor in place; a factor of 1 costs nothing."""
+    return tensor if factor == 1.0 else tensor.mul_(factor)
 
 
 def _width(tensor: Tensor) -> int:

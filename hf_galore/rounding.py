@@ -4,6 +4,7 @@ Nothing is drawn from a generator, so the bits are the same on every data-parall
 device, and torch's global generator is left alone.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def random_bits(key: RoundingKey, rows: range, cols: int, device: torch.device) 
     row_words = _odd_words(mix64(*key, 0), rows.start, len(rows), device)
     col_words = _odd_words(mix64(*key, 1), 0, cols, device)
     products = row_words[:, None] * col_words
-    return products.view(torch.uint16)[:, 1::2].to(torch.int32)
+    return products.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def round_stochastic(values: Tensor, bits: Tensor) -> Tensor:
@@ -57,5 +58,7 @@ def round_stochastic(values: Tensor, bits: Tensor) -> Tensor:
 
     Exact bfloat16 numbers and infinities stay as they are; NaN stays NaN.
     """
-    words = values.view(torch.int32).add(bits).bitwise_and_(-(1 << 16))
-    return torch.where(values.isnan(), values, words.view(torch.float32)).to(torch.bfloat16)
+    words = values.view(torch.int32).add(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
+    if not math.isfinite(values.sum()):  # bits added to a NaN may overflow into a number; testing each one is slow
+        words = torch.where(values.isnan(), values, words)
+    return words.to(torch.bfloat16)

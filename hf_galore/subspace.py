@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hf_galore.ops import matmul
+
 
 class Side(Protocol):
     """How a basis is applied to a gradient and to an update; `basis` is always one contiguous tensor."""
@@ -45,7 +47,7 @@ class Right:
         return (cols,)
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
-        return grad @ basis
+        return matmul(grad, basis)
 
     def factors(self, update: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         return update, basis.mT
@@ -62,7 +64,7 @@ class Left:
         return (rows,)
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
-        return basis.mT @ grad
+        return matmul(basis.mT, grad)
 
     def factors(self, update: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         return basis, update
@@ -82,7 +84,7 @@ class Both:
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         left, right = basis[..., : self.rows, :], basis[..., self.rows :, :]
-        return left.mT @ grad @ right
+        return matmul(left.mT, grad) @ right
 
     def factors(self, update: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         left, right = basis[..., : self.rows, :], basis[..., self.rows :, :]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_galore.ops import _BLOCK_ELEMENTS, add_, add_lowrank_, round_into_
+from hf_galore.ops import _BLOCK_ELEMENTS, add_, add_lowrank_, matmul, product_dtype, round_into_
 from hf_galore.rounding import RoundingKey
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -274,3 +274,31 @@ def test_beta_zero_is_not_special():
         assert weight.isfinite().tolist() == [[False, False, True]]
         add_lowrank_(weight, torch.ones(1, 1), torch.ones(1, 3), alpha=1.0, beta=0.5, key=KEY)
         assert weight.isfinite().tolist() == [[False, False, True]]
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("high", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(5, 8, 3), (_BLOCK_ELEMENTS // 500 + 3, 500, 2), (2, 5, 8, 3)], ids=str)
+@pytest.mark.parametrize("order", ["low first", "high first"])
+def test_matmul_of_two_precisions(shape, order, low, high):
+    """The product of the numbers as they are, in the higher precision: no rounding of either operand."""
+    *batch, m, k, n = shape
+    torch.manual_seed(0)
+    narrow, wide = torch.randn(*batch, m, k).to(low), torch.randn(*batch, k, n).to(high)
+    operands = (narrow, wide) if order == "low first" else (wide.mT, narrow.mT)
+    product = matmul(*operands)
+    exact = operands[0].double() @ operands[1].double()
+    bound = gamma(k, high) * (operands[0].double().abs() @ operands[1].double().abs())
+    assert product.dtype == high
+    assert ((product.double() - exact).abs() <= bound).all()
+
+
+def test_products_are_in_bfloat16_only_where_the_device_has_it():
+    """No half-precision emulation on a CPU, and never a product in float16."""
+    cpu = torch.device("cpu")
+    assert product_dtype(torch.float16, cpu) == torch.float32
+    assert [product_dtype(dtype, cpu) for dtype in (torch.float32, torch.float64)] == [torch.float32, torch.float64]
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    assert product_dtype(torch.bfloat16, cpu) == (torch.bfloat16 if native else torch.float32)
+    assert product_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16

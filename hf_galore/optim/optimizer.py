@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from hf_galore.ops import add_, add_lowrank_
+from hf_galore.ops import add_, add_lowrank_, product_dtype
 from hf_galore.optim.moments import Float, MomentFormat
 from hf_galore.rounding import RoundingKey, mix64
 from hf_galore.subspace import PROJ_TYPES, SUBSPACES, Side, refresh, resolve_side
@@ -159,7 +159,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             side = resolve_side(group["proj_type"], param.shape)
             if done % group["update_proj_gap"] == 0 or "basis" not in state:
                 state["basis"] = self._refresh(param, side, group, key).to(group["state_dtype"] or work)
-            grad = side.project(*_same_precision(grad, state["basis"]))
+            grad = side.project(grad, state["basis"].to(product_dtype(grad.dtype, grad.device)))
         grad = grad.to(work)
 
         shapes = self.moment_shapes(grad.shape, group)
@@ -263,12 +263,6 @@ def _unseal(optimizer: torch.optim.Optimizer) -> None:
 def _working_dtype(param: Tensor) -> torch.dtype:
     """The precision that a parameter's step is computed in."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def _same_precision(grad: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient and basis in the precision of their product: bfloat16 for bfloat16 gradients, else at least float32."""
-    dtype = grad.dtype if grad.dtype == torch.bfloat16 else torch.promote_types(grad.dtype, torch.float32)
-    return grad.to(dtype), basis.to(dtype)
 
 
 def _check_params(group: Group) -> None:
