@@ -60,16 +60,25 @@ def galore_param_groups(
             stacklevel=2,
         )
 
+    kinds = [({}, [name for name in trainable if name not in targets]), (low_rank, sorted(targets))]
+    return group_parameters(model, kinds, weight_decay, decay_parameters)
+
+
+def group_parameters(
+    model: nn.Module,
+    kinds: Sequence[tuple[dict[str, Any], Collection[str]]],
+    weight_decay: float | None,
+    decay_parameters: Collection[str] | None,
+) -> list[dict[str, Any]]:
+    """Groups of the named parameters: for each (keys, names) one that decays and one that does not, if not empty."""
     groups = []
-    for projected in (False, True):
+    for keys, names in kinds:
+        wanted = set(names)
+        members = [(name, param) for name, param in model.named_parameters() if name in wanted]
         for decays in (True, False):
-            params = [
-                param
-                for name, param in trainable.items()
-                if (name in targets) is projected and _decays(name, param, decay_parameters) is decays
-            ]
+            params = [param for name, param in members if _decays(name, param, decay_parameters) is decays]
             if params:
-                group: dict[str, Any] = {"params": params, **(low_rank if projected else {})}
+                group: dict[str, Any] = {"params": params, **keys}
                 if weight_decay is not None:
                     group["weight_decay"] = weight_decay if decays else 0.0
                 groups.append(group)
@@ -134,7 +143,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(path, parameter) of every matrix that can be projected: module paths; parameter paths for fused experts."""
     for path, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) or _is_conv1d(module):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
             if isinstance(weight, nn.Parameter) and weight.is_floating_point():
                 yield path, weight
         elif not isinstance(module, nn.modules.conv._ConvNd):
@@ -143,7 +152,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                     yield f"{path}.{name}" if path else name, param
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, a linear layer whose weight is stored as (in_features, out_features)."""
     return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
 

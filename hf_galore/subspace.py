@@ -217,3 +217,32 @@ def _complete(basis: Tensor, found: Tensor, sizes: Sequence[int], generator: tor
 def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal numbers with the dtype and device of `like`, drawn on the CPU: the same on every device."""
     return torch.randn(tuple(shape), generator=generator, dtype=like.dtype).to(like.device)
+
+
+def rotate(moments: dict[str, Tensor], overlap: Tensor, side: Side, bias1: float = 1.0, bias2: float = 1.0) -> None:
+    """Moves moments from an old basis to a new one, in place: LDAdam's formulas (arXiv 2410.16103), C = Q_newᵀ Q_old.
+
+        m ← C m;  v ← bias2·|C²(v̂ − m̂²) + (C m̂)²|  with m̂ = m/bias1, v̂ = v/bias2 and element-wise squares
+
+    Args:
+        moments: by name, in working precision: `exp_avg` and `exp_avg_sq`, or Adafactor's `exp_avg_sq_row` and `_col`,
+        of
+            which the one along the projected dimension is averaged with C² and the other kept.
+        overlap: C (r, r).
+        side: Right (moments (m, r)) or Left (moments (r, n)).
+        bias1, bias2: the bias corrections 1 − βᵗ of the two moments.
+    """
+
+    def turned(values: Tensor, by: Tensor) -> Tensor:
+        return values @ by.mT if isinstance(side, Right) else by @ values
+
+    mean, square = moments.get("exp_avg"), moments.get("exp_avg_sq")
+    if square is not None:
+        centre = mean / bias1 if mean is not None else torch.zeros_like(square)
+        spread = turned(square / bias2 - centre.square(), overlap.square())
+        square.copy_((spread + turned(centre, overlap).square()).abs_().mul_(bias2))
+    if mean is not None:
+        mean.copy_(turned(mean, overlap))
+    factored = moments.get("exp_avg_sq_col" if isinstance(side, Right) else "exp_avg_sq_row")
+    if factored is not None:
+        factored.copy_(overlap.square() @ factored)

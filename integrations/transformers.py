@@ -10,29 +10,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainingArguments, trainer_optimizer
 from transformers import trainer as hf_trainer
-from transformers import trainer_optimizer
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, ParallelMode
 from transformers.utils.import_utils import is_galore_torch_available as _asks_for_galore_torch
 
+from hf_galore.lowrank_backward import disable, enable
 from hf_galore.optim.adafactor import GaLoreAdafactor
 from hf_galore.optim.adamw import GaLoreAdamW
 from hf_galore.optim.adamw8bit import GaLoreAdamW8bit
 from hf_galore.optim.optimizer import GALORE_TORCH_STATE, LOW_RANK_DEFAULTS, STATE_DTYPES
-from hf_galore.param_groups import galore_param_groups
+from hf_galore.param_groups import find_targets, galore_param_groups
 
 OPTIMIZERS: dict[OptimizerNames, type[torch.optim.Optimizer]] = {
     OptimizerNames.GALORE_ADAMW: GaLoreAdamW,
     OptimizerNames.GALORE_ADAMW_8BIT: GaLoreAdamW8bit,
     OptimizerNames.GALORE_ADAFACTOR: GaLoreAdafactor,
 }
-LAYERWISE = (
-    OptimizerNames.GALORE_ADAMW_LAYERWISE,
-    OptimizerNames.GALORE_ADAMW_8BIT_LAYERWISE,
-    OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
-)
+LAYERWISE: dict[OptimizerNames, type[torch.optim.Optimizer]] = {
+    OptimizerNames.GALORE_ADAMW_LAYERWISE: GaLoreAdamW,
+    OptimizerNames.GALORE_ADAMW_8BIT_LAYERWISE: GaLoreAdamW8bit,
+    OptimizerNames.GALORE_ADAFACTOR_LAYERWISE: GaLoreAdafactor,
+}
 
 # What was in transformers before `register`: (holder, name, value) for attributes, and the registry's own entries.
 _replaced: list[tuple[Any, str, Any]] = []
@@ -48,7 +50,9 @@ def register() -> None:
     registry.update(dict.fromkeys(OPTIMIZERS, _galore_optimizer))
     registry.update(dict.fromkeys(LAYERWISE, _layerwise_optimizer))
     _replace(hf_trainer, "_parse_optim_args", _parse_optim_args)
-    _replace(hf_trainer.Trainer, "_load_optimizer_and_scheduler", _load_optimizer_and_scheduler)
+    for method in (_create_optimizer, _train, _load_optimizer_and_scheduler):
+        name = method.__name__ if hasattr(hf_trainer.Trainer, method.__name__) else method.__name__[1:]
+        _replace(hf_trainer.Trainer, name, method)
     _swap_guard(_asks_for_galore_torch, _is_galore_torch_available)
 
 
@@ -89,40 +93,100 @@ def _galore_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type[tor
             parameters.
         TypeError: `optim_target_modules` is neither a string nor a list.
     """
-    args = ctx.args
-    name = OptimizerNames(args.optim)
-    _refuse_shards(name.value)
-    if args.optim_target_modules is None:
-        raise ValueError(
-            f"optim={name.value!r} needs optim_target_modules: 'all-linear', a regular expression, part of a "
-            "module name, or a list of those"
-        )
-    if ctx.model is None:
-        raise ValueError(f"optim={name.value!r} needs the model: pass it to get_optimizer_cls_and_kwargs")
-    low_rank, options = _read_optim_args(ctx.optim_args)
-    kwargs: dict[str, Any] = {**ctx.optimizer_kwargs, "seed": args.seed, **options}
-    optimizer = OPTIMIZERS[name]
-    if optimizer is GaLoreAdafactor:
-        kwargs.update(scale_parameter=False, relative_step=False)
-    else:
-        kwargs.update(ctx.adam_kwargs)
+    optimizer, kwargs, low_rank = _read(ctx, OPTIMIZERS, _GROUP_KEYS)
+    model = _model(ctx)
     kwargs["params"] = galore_param_groups(
-        ctx.model,
-        args.optim_target_modules,
-        weight_decay=args.weight_decay,
-        decay_parameters=frozenset(hf_trainer.Trainer.get_decay_parameter_names(None, ctx.model)),
-        **low_rank,
+        model, ctx.args.optim_target_modules, **{**LOW_RANK_DEFAULTS, **low_rank}, **_decay(ctx.args, model)
     )
     return optimizer, kwargs
 
 
-def _layerwise_optimizer(
+def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str, Any]]:
+    """A factory, in the Trainer's sense, of the optimizer for a model that it swaps to the projected backward.
+
+    Raises:
+        ValueError, TypeError: as `_galore_optimizer`.
+    """
+    optimizer_class, kwargs, low_rank = _read(ctx, LAYERWISE, {**_GROUP_KEYS, **_LAYERWISE_KEYS})
+    target_modules = ctx.args.optim_target_modules
+    find_targets(_model(ctx), target_modules)  # raises for names that match nothing
+    shared = {key: kwargs[key] for key in ("state_dtype", "stochastic_rounding", "seed") if key in kwargs}
+    if low_rank.get("refresh") == "exact" and ctx.args.parallel_mode == ParallelMode.DISTRIBUTED:
+        raise ValueError("optim_args: refresh='exact' takes the gradients of one process; use refresh=streaming")
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        engine = enable(model, target_modules, **low_rank, **shared)
+        engine.gradients_complete = lambda: bool(GradientState().sync_gradients)
+        groups = engine.param_groups(model, **_decay(ctx.args, model))
+        optimizer: Any = optimizer_class(groups, **kwargs)
+        engine.attach(optimizer)
+        optimizer.lowrank_backward = engine
+        return optimizer
+
+    return lambda: make, {}
+
+
+def _read(
     ctx: trainer_optimizer.OptimizerContext,
-) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    raise NotImplementedError(
-        f"optim={OptimizerNames(ctx.args.optim).value!r} is not in this version of hf_galore yet; use one of "
-        f"{', '.join(repr(name.value) for name in OPTIMIZERS)}"
-    )
+    optimizers: dict[OptimizerNames, type[torch.optim.Optimizer]],
+    keys: dict[str, Callable[[str], Any]],
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, Any]]:
+    """The optimizer class, its keyword arguments without groups, and those of `optim_args` that are in `keys`."""
+    name = OptimizerNames(ctx.args.optim)
+    _refuse_shards(name.value)
+    if ctx.args.optim_target_modules is None:
+        raise ValueError(
+            f"optim={name.value!r} needs optim_target_modules: 'all-linear', a regular expression, part of a module "
+            "name, or a list of those"
+        )
+    low_rank, options = _read_optim_args(ctx.optim_args, keys)
+    kwargs: dict[str, Any] = {**ctx.optimizer_kwargs, "seed": ctx.args.seed, **options}
+    if optimizers[name] is GaLoreAdafactor:
+        kwargs.update(scale_parameter=False, relative_step=False)
+    else:
+        kwargs.update(ctx.adam_kwargs)
+    return optimizers[name], kwargs, low_rank
+
+
+def _model(ctx: trainer_optimizer.OptimizerContext) -> nn.Module:
+    if ctx.model is None:
+        raise ValueError(f"optim={OptimizerNames(ctx.args.optim).value!r} needs the model: pass it as well")
+    return ctx.model
+
+
+def _decay(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
+    """Weight decay as the Trainer would apply it."""
+    names = hf_trainer.Trainer.get_decay_parameter_names(None, model)
+    return {"weight_decay": args.weight_decay, "decay_parameters": frozenset(names)}
+
+
+# The model is the user's own again when training ends, whichever way it ends.
+
+
+def _create_optimizer(self: hf_trainer.Trainer, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    """The Trainer's method, on a model that carries nothing of an earlier Trainer's projected backward."""
+    optimizer = self.optimizer
+    while optimizer is not None and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    engine = getattr(optimizer, "lowrank_backward", None)
+    if engine is not None:
+        engine.install()  # train() once more: the same layers, the same state
+    else:
+        disable(self.model if model is None else model)
+    return _original("create_optimizer")(self, model)
+
+
+def _train(self: hf_trainer.Trainer, *args: Any, **kwargs: Any) -> Any:
+    """The Trainer's method; at its end the projected backward is taken out of the model."""
+    try:
+        return _original("train")(self, *args, **kwargs)
+    finally:
+        if self.model is not None:  # a hyper-parameter search leaves none
+            disable(self.model)
+
+
+def _original(name: str) -> Any:
+    return next(value for _, replaced, value in _replaced if replaced == name)
 
 
 def _refuse_shards(optim: str) -> None:
@@ -159,6 +223,12 @@ _GROUP_KEYS: dict[str, Callable[[str], Any]] = {
     "proj_type": str,
     "subspace": str,
 }
+_LAYERWISE_KEYS: dict[str, Callable[[str], Any]] = {
+    "refresh": str,
+    "moments": str,
+    "fold_every": int,
+    "stagger": _boolean,
+}
 _OPTIMIZER_KEYS: dict[str, Callable[[str], Any]] = {
     "state_dtype": _state_dtype,
     "stochastic_rounding": _boolean,
@@ -168,24 +238,25 @@ _MEANING: dict[Any, str] = {int: "an integer", float: "a number"}
 VALID_KEYS = ", ".join((*_GROUP_KEYS, *_OPTIMIZER_KEYS))
 
 
-def _read_optim_args(given: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`optim_args` as (keys of the projected groups, keys of the optimizer), parsed.
+def _read_optim_args(
+    given: dict[str, str], keys: dict[str, Callable[[str], Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`optim_args` as (those in `keys`, those of the optimizer), parsed.
 
     Raises:
         ValueError: a key is unknown, or its value does not parse.
     """
-    unknown = sorted(set(given) - {*_GROUP_KEYS, *_OPTIMIZER_KEYS})
+    valid = {**keys, **_OPTIMIZER_KEYS}
+    unknown = sorted(set(given) - set(valid))
     if unknown:
-        raise ValueError(f"optim_args: unknown key {', '.join(map(repr, unknown))}; valid keys are {VALID_KEYS}")
+        raise ValueError(f"optim_args: unknown key {', '.join(map(repr, unknown))}; valid keys are {', '.join(valid)}")
     values: dict[str, Any] = {}
     for key, text in given.items():
-        read = _GROUP_KEYS.get(key) or _OPTIMIZER_KEYS[key]
         try:
-            values[key] = read(text)
+            values[key] = valid[key](text)
         except ValueError as error:
-            raise ValueError(f"optim_args: {key}={text!r} is not {_MEANING.get(read, str(error))}") from error
-    group = {**LOW_RANK_DEFAULTS, **{key: value for key, value in values.items() if key in _GROUP_KEYS}}
-    return group, {key: value for key, value in values.items() if key in _OPTIMIZER_KEYS}
+            raise ValueError(f"optim_args: {key}={text!r} is not {_MEANING.get(valid[key], str(error))}") from error
+    return {key: values[key] for key in values if key in keys}, {key: values[key] for key in values if key not in keys}
 
 
 def _parse_optim_args(text: str | None) -> dict[str, str]:
@@ -202,9 +273,8 @@ def _parse_optim_args(text: str | None) -> dict[str, str]:
 
 def _load_optimizer_and_scheduler(self: hf_trainer.Trainer, checkpoint: str | None) -> None:
     """transformers' method, with an error that says what to do where galore-torch wrote the checkpoint."""
-    original = next(value for holder, name, value in _replaced if name == "_load_optimizer_and_scheduler")
     try:
-        original(self, checkpoint)
+        _original("_load_optimizer_and_scheduler")(self, checkpoint)
     except pickle.UnpicklingError as error:
         if "galore_torch" not in str(error):
             raise

@@ -162,17 +162,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
             grad = side.project(grad, state["basis"].to(product_dtype(grad.dtype, grad.device)))
         grad = grad.to(work)
 
-        shapes = self.moment_shapes(grad.shape, group)
-        formats = {name: self.moment_format(name, shape, group, work) for name, shape in shapes.items()}
+        formats = self._formats(grad.shape, group, work)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            for name, kept in formats.items():
-                kept.create(state, name, shapes[name], param.device)
+            for name, (shape, kept) in formats.items():
+                kept.create(state, name, shape, param.device)
         state["step"] += 1
-        moments = {name: kept.read(state, name) for name, kept in formats.items()}
-        delta, lr = self.update(grad, moments, group, done + 1, param)
         rounding = key if group["stochastic_rounding"] else None
-        for index, (name, kept) in enumerate(formats.items(), start=1):
+        moments = {name: kept.read(state, name) for name, (_, kept) in formats.items()}
+        delta, lr = self.update(grad, moments, group, done + 1, param)
+        for index, (name, (_, kept)) in enumerate(formats.items(), start=1):
             kept.write(state, name, moments[name], rounding and rounding._replace(parameter=mix64(number, index)))
 
         beta = 1.0 - lr * group["weight_decay"]
@@ -181,6 +180,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         else:
             left, right = side.factors(delta, state["basis"].to(work))
             add_lowrank_(param, left, right, alpha=-group["scale"], beta=beta, key=rounding)
+
+    def _formats(
+        self, shape: torch.Size, group: Group, work: torch.dtype
+    ) -> dict[str, tuple[torch.Size, MomentFormat]]:
+        """Shape and format of each moment for a gradient of this shape."""
+        return {
+            name: (moment, self.moment_format(name, moment, group, work))
+            for name, moment in self.moment_shapes(shape, group).items()
+        }
+
+    def change_moments(self, param: Tensor, group: Group, change: Callable[[dict[str, Tensor]], None]) -> None:
+        """Lets `change` alter the moments of a full-rank parameter in place, in working precision, whatever they are
+        kept in."""
+        state = self.state[param]
+        formats = self._formats(param.shape, group, _working_dtype(param))
+        moments = {name: kept.read(state, name) for name, (_, kept) in formats.items()}
+        change(moments)
+        for name, (_, kept) in formats.items():
+            kept.write(state, name, moments[name], None)
 
     def _refresh(self, param: Tensor, side: Side, group: Group, key: RoundingKey) -> Tensor:
         """The new basis of a parameter, from its gradient; warns where the gradient cannot give one."""

@@ -1,0 +1,80 @@
+"""A linear layer whose backward pass makes the low-rank gradient R directly: the full gradient is never formed.
+
+    right: R = G Q  = gyᵀ (x Q)   (m, r), saves x Q (tokens, r) in place of x
+    left:  R = PᵀG  = (gy P)ᵀ x   (r, n), saves x
+
+R becomes the gradient of a small parameter `update` B that sits beside the frozen weight W (m, n). The layer computes
+y = x (decay·W + scale·back(B))ᵀ + bias; with B = 0 and decay = 1 (`pending=False`) that is the plain layer.
+
+That the projected gradient is the gradient of such a factor is known (LoQT, CompAct, GoLore derive it). The gradient
+is R itself here, not scale·R, so that moments, eps and clipping mean what they mean in GaLore's optimizer.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+class ProjectedLinear(torch.autograd.Function):
+    """x (..., n) → y (..., m) for W (m, n), with R as the gradient of `update`. Pure: torch.compile takes it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        update: Tensor,
+        basis: Tensor,
+        right: bool,
+        decay: float,
+        scale: float,
+        pending: bool,
+    ) -> Tensor:
+        y = linear(x, weight, None if pending else bias)
+        kept = x @ basis if right else x
+        if pending:
+            factor = update.to(x.dtype)
+            y = y * decay + scale * (kept @ factor.mT if right else (x @ factor.mT) @ basis.mT)
+            y = y if bias is None else y + bias
+        # What a plain step does not need again is not kept alive.
+        ctx.save_for_backward(kept, weight, basis if pending or not right else None, update if pending else None)
+        ctx.update_dtype = update.dtype
+        ctx.right, ctx.decay, ctx.scale, ctx.pending = right, decay, scale, pending
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight, basis, update = ctx.saved_tensors
+        rows = gy.flatten(0, -2)
+        gx = gbias = low = None
+        if ctx.needs_input_grad[0]:
+            gx = gy @ weight
+            if ctx.pending:
+                factor = update.to(gy.dtype)
+                gx = gx * ctx.decay + ctx.scale * ((gy @ factor) @ basis.mT if ctx.right else (gy @ basis) @ factor)
+        if ctx.needs_input_grad[2]:
+            gbias = rows.sum(0)
+        if ctx.needs_input_grad[3]:
+            tokens = kept.flatten(0, -2)
+            low = rows.mT @ tokens if ctx.right else (rows @ basis).mT @ tokens
+            low = low.to(ctx.update_dtype)
+        return gx, None, gbias, low, None, None, None, None, None
+
+
+class TapGradient(torch.autograd.Function):
+    """The identity on y that hands (x, gy) to `receive` in the backward pass: how a refresh sees its layer's data."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, receive: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.receive = receive
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        ctx.receive(x.flatten(0, -2), gy.flatten(0, -2))
+        return gy, None, None
