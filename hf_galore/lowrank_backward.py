@@ -21,13 +21,14 @@ A refresh of the basis, every `update_proj_gap` steps, is one of
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings
+from hf_galore.optim.adafactor import learning_rate
 from hf_galore.optim.optimizer import LowRankOptimizer
 from hf_galore.param_groups import ALL_LINEAR, find_targets, group_parameters, is_conv1d
 from hf_galore.subspace import rotate
@@ -90,6 +91,11 @@ class LowRankBackward:
 
     def add(self, module: nn.Module) -> None:
         """Makes a layer of the module; `install` puts it to work."""
+        weight = module.get_parameter("weight")
+        for layer in self.layers.values():
+            if layer.module.get_parameter("weight") is weight:
+                layer.modules.append(module)
+                return
         layer = LowRankLayer(module, len(self.layers), self)
         self.layers[layer.update] = layer
 
@@ -98,15 +104,15 @@ class LowRankBackward:
         if self._hooks:
             return
         object.__setattr__(self.model, _ENABLED, self)  # not through nn.Module: this is no part of the model
-        for layer in self.layers.values():
-            module = layer.module
+        for layer, module in self._modules():
             module.get_parameter("weight").requires_grad_(False)
             module.register_parameter(UPDATE, layer.update)
-            module.forward = MethodType(_forward_of(layer), module)
+            module.forward = _Forward(layer, module)
             self._hooks += [
-                module.register_state_dict_pre_hook(_fold_of(layer)),
+                module.register_state_dict_pre_hook(layer.fold_first),
                 module.register_state_dict_post_hook(_drop_update),
                 module.register_load_state_dict_pre_hook(_spare_update),
+                module.register_load_state_dict_pre_hook(layer.replaced),
             ]
 
     def uninstall(self) -> None:
@@ -121,10 +127,13 @@ class LowRankBackward:
             hook.remove()
         self._hooks.clear()
         object.__delattr__(self.model, _ENABLED)
-        for layer in self.layers.values():
+        for layer, module in self._modules():
             layer.update.grad = None
-            del layer.module.forward, layer.module._parameters[UPDATE]
-            layer.module.get_parameter("weight").requires_grad_(True)
+            del module.forward, module._parameters[UPDATE]
+            module.get_parameter("weight").requires_grad_(True)
+
+    def _modules(self) -> list[tuple[LowRankLayer, nn.Module]]:
+        return [(layer, module) for layer in self.layers.values() for module in layer.modules]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes every `optimizer.step()` fold and refresh, and keeps the bases in the optimizer's state.
@@ -137,7 +146,23 @@ class LowRankBackward:
             raise ValueError("optimizer: it does not have the small parameters; pass it param_groups() of this object")
         optimizer.register_step_pre_hook(lambda opt, *_: self._before_step(opt))
         optimizer.register_step_post_hook(lambda opt, *_: self._after_step(opt))
-        optimizer.register_load_state_dict_post_hook(self._after_load)
+        loaded: dict[int, dict[str, Any]] = {}
+
+        def keep(opt: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            """torch casts state to the parameter's dtype; the bases keep theirs."""
+            loaded.clear()
+            for index, state in state_dict["state"].items():
+                loaded[index] = {k: v for k, v in state.items() if k in ("basis", "test_matrix")}
+
+        def restore(opt: torch.optim.Optimizer) -> None:
+            params = [param for group in opt.param_groups for param in group["params"]]
+            for index, kept in loaded.items():
+                opt.state[params[index]].update({k: v.to(params[index].device) for k, v in kept.items()})
+            loaded.clear()
+            self._after_load(opt)
+
+        optimizer.register_load_state_dict_pre_hook(keep)
+        optimizer.register_load_state_dict_post_hook(restore)
 
     def fold(self) -> None:
         """Folds whatever is pending, in every layer."""
@@ -160,7 +185,7 @@ class LowRankBackward:
             layer.steps += 1
             layer.pending = True
             if group.get("weight_decay"):
-                layer.decay *= 1.0 - float(group["lr"]) * group["weight_decay"]
+                layer.decay *= 1.0 - _rate(layer, group) * group["weight_decay"]
             layer.full = None
             layer.finish_sketch()
             if layer.candidate is not None:
@@ -169,7 +194,7 @@ class LowRankBackward:
                 layer.fold()
             layer.tapping = layer.due()
             state = optimizer.state[layer.update]
-            state["basis"] = layer.basis
+            state["basis"], state["basis_steps"] = layer.basis, layer.steps
             state.pop("test_matrix", None)
             if layer.tapping and self.settings.refresh == "streaming":
                 layer.aim(self._first_moment(layer, optimizer, group))
@@ -178,8 +203,10 @@ class LowRankBackward:
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
         for param, layer in self.layers.items():
             state = optimizer.state.get(param, {})
+            layer.fold()
+            layer.forget()
             if "basis" in state:
-                layer.basis, layer.steps = state["basis"], int(state["step"])
+                layer.basis, layer.steps = state["basis"], int(state["basis_steps"])
                 layer.test_matrix = state.get("test_matrix", layer.test_matrix)
                 layer.tapping = layer.due()
 
@@ -212,15 +239,28 @@ class LowRankBackward:
         if isinstance(optimizer, LowRankOptimizer):
             optimizer.change_moments(layer.update, group, change)
         else:
-            change(optimizer.state[layer.update])
+            state = optimizer.state[layer.update]
+            moments = {name: value.to(layer.work) for name, value in state.items() if name.startswith("exp_avg")}
+            change(moments)
+            for name, value in moments.items():
+                state[name].copy_(value)
 
 
-def _forward_of(layer: LowRankLayer) -> Callable[[nn.Module, Tensor], Tensor]:
-    return lambda module, x: layer.forward(module, x)
+class _Forward:
+    """Stands in for a module's forward, and follows it into a deep copy."""
+
+    def __init__(self, layer: LowRankLayer, module: nn.Module) -> None:
+        self.layer, self.module = layer, module
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return self.layer.forward(self.module, *args, *kwargs.values())
 
 
-def _fold_of(layer: LowRankLayer) -> Callable[..., None]:
-    return lambda *_: layer.fold()
+def _rate(layer: LowRankLayer, group: dict[str, Any]) -> float:
+    """The learning rate of the step just taken, which is also that of the weight decay."""
+    if group.get("relative_step"):  # Adafactor's own
+        return learning_rate(group, layer.steps, layer.stored_weight)
+    return float(group["lr"])
 
 
 def _only(moments: dict[str, Tensor], name: str) -> list[Tensor]:
@@ -295,7 +335,10 @@ def enable(
     disable(model)
     targets = find_targets(model, target_modules)
     wanted = {id(param) for name, param in model.named_parameters() if name in targets}
-    modules = [module for module in _swappable(model) if id(module.weight) in wanted]
+    swappable = list(_swappable(model))
+    ours = {id(module) for module in swappable}
+    elsewhere = {id(p) for other in model.modules() if id(other) not in ours for p in other.parameters(recurse=False)}
+    modules = [module for module in swappable if id(module.weight) in wanted - elsewhere]
     if not modules:
         raise ValueError(f"target_modules={target_modules!r}: none of the {len(targets)} targets can be swapped")
     engine = LowRankBackward(model, settings)
@@ -332,10 +375,18 @@ def lowrank_backward(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Lo
         disable(model)
 
 
+def _plain_forward(module: nn.Module) -> bool:
+    """Whether the module computes x Wᵀ + bias and nothing else."""
+    if is_conv1d(module):
+        base = next(cls for cls in reversed(type(module).__mro__) if cls.__name__ == "Conv1D")
+        return type(module).forward is vars(base)["forward"]
+    return type(module).forward is nn.Linear.forward
+
+
 def _swappable(model: nn.Module) -> Iterator[nn.Module]:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None  # some losses read the head's weight and never call it
     for module in model.modules():
-        plain = type(module).forward is nn.Linear.forward or is_conv1d(module)
+        plain = _plain_forward(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
         if plain and "forward" not in vars(module) and module is not head:
             yield module

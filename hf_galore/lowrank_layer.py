@@ -75,7 +75,8 @@ class LowRankLayer:
     """
 
     def __init__(self, module: nn.Module, index: int, engine: Steering) -> None:
-        self.module, self.index, self.engine, self.settings = module, index, engine, engine.settings
+        self.modules = [module]  # more than one where modules share W
+        self.index, self.engine, self.settings = index, engine, engine.settings
         settings = self.settings
         self.transposed = is_conv1d(module)
         m, n = self.weight.shape
@@ -90,9 +91,22 @@ class LowRankLayer:
         self._receiving = False
         shape = (m, self.rank) if self.right else (self.rank, n)
         self.update = nn.Parameter(self.weight.new_zeros(shape))
-        self.update.register_post_accumulate_grad_hook(lambda _: self._received())
+        self._listen()
         self.basis = self._random(n if self.right else m)
         self.test_matrix = self._random(m if self.right else n)  # U
+
+    def _listen(self) -> None:
+        self.update.register_post_accumulate_grad_hook(lambda _: self._received())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copies: torch copies a parameter without its hooks."""
+        self.__dict__.update(state)
+        self._listen()
+
+    @property
+    def module(self) -> nn.Module:
+        """The first of its modules."""
+        return self.modules[0]
 
     @property
     def weight(self) -> Tensor:
@@ -102,7 +116,7 @@ class LowRankLayer:
     @property
     def stored_weight(self) -> Tensor:
         """The weight as its module has it."""
-        return self.module.get_parameter("weight").detach()
+        return self.modules[0].get_parameter("weight").detach()
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """What stands in for the module's forward."""
@@ -110,14 +124,13 @@ class LowRankLayer:
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        weight = self.weight.to(x.dtype)
         if bias is not None:
             bias = bias.to(x.dtype)
         if not (torch.is_grad_enabled() or self.pending):
-            return nn.functional.linear(x, weight, bias)
+            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
         basis = self.basis.to(device=x.device, dtype=x.dtype)
         numbers = (self.right, self.decay, self.settings.scale, self.pending)
-        y: Tensor = ProjectedLinear.apply(x, weight, bias, self.update, basis, *numbers)
+        y: Tensor = ProjectedLinear.apply(x, self.weight, bias, self.update, basis, *numbers)
         if self.tapping and y.requires_grad:
             y = TapGradient.apply(y, x.detach(), self._receive)
         return y
@@ -141,12 +154,28 @@ class LowRankLayer:
             self.update.zero_()
         self.decay, self.pending = 1.0, False
 
+    def forget(self) -> None:
+        """Drops what a step in progress has gathered."""
+        self.full = self.sketch = self.candidate = None
+        self._receiving = False
+
+    def replaced(self, *_: Any) -> None:
+        """Before W is loaded: what is pending belongs to the old one."""
+        with torch.no_grad():
+            self.update.zero_()
+        self.decay, self.pending = 1.0, False
+
+    def fold_first(self, *_: Any) -> None:
+        """`fold` as a hook."""
+        self.fold()
+
     # The data of a refresh.
 
     def _receive(self, x: Tensor, gy: Tensor) -> None:
         """Adds one use of the layer in the backward pass, x (tokens, n) and gy (tokens, m), to G or to Z."""
-        if self.update.grad is None and not self._receiving:
-            self.full = self.sketch = None  # a step that was skipped has left something
+        grad = self.update.grad
+        if not self._receiving and (grad is None or not grad.any()):
+            self.full = self.sketch = None  # gradients that were thrown away have left something
         self._receiving = True
         if self.settings.refresh == "exact":
             grad = (gy.mT @ x).to(self.update.dtype)

@@ -33,7 +33,7 @@ class ProjectedLinear(torch.autograd.Function):
         scale: float,
         pending: bool,
     ) -> Tensor:
-        y = linear(x, weight, None if pending else bias)
+        y = linear(x, weight.to(x.dtype), None if pending else bias)
         kept = x @ basis if right else x
         if pending:
             factor = update.to(x.dtype)
@@ -48,17 +48,18 @@ class ProjectedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight, basis, update = ctx.saved_tensors
-        rows = gy.flatten(0, -2)
+        rows = gy.reshape(-1, gy.shape[-1])
         gx = gbias = low = None
         if ctx.needs_input_grad[0]:
-            gx = gy @ weight
+            # Under autocast W has another dtype: its copy is made again, not kept from the forward pass.
+            gx = gy @ weight.to(gy.dtype)
             if ctx.pending:
                 factor = update.to(gy.dtype)
                 gx = gx * ctx.decay + ctx.scale * ((gy @ factor) @ basis.mT if ctx.right else (gy @ basis) @ factor)
         if ctx.needs_input_grad[2]:
             gbias = rows.sum(0)
         if ctx.needs_input_grad[3]:
-            tokens = kept.flatten(0, -2)
+            tokens = kept.reshape(-1, kept.shape[-1])
             low = rows.mT @ tokens if ctx.right else (rows @ basis).mT @ tokens
             low = low.to(ctx.update_dtype)
         return gx, None, gbias, low, None, None, None, None, None
@@ -76,5 +77,5 @@ class TapGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        ctx.receive(x.flatten(0, -2), gy.flatten(0, -2))
+        ctx.receive(x.reshape(-1, x.shape[-1]), gy.reshape(-1, gy.shape[-1]))
         return gy, None, None

@@ -121,3 +121,21 @@ class ReferenceOptimizer(torch.optim.Optimizer):
                     state["rule"] = self.rule(projector=projector, scale=group.get("scale", 1.0))
                 state["rule"].lr = group["lr"]
                 param.copy_(state["rule"].step(param.clone(), param.grad))
+
+
+def ldadam_rotate(m: Tensor, v: Tensor, q_new: Tensor, q_old: Tensor, t: int, betas: tuple[float, float]):
+    """LDAdam, arXiv 2410.16103, Algorithm 1: the moments (r, n) after t steps, moved from one basis (m, r) to another.
+
+    The first moment is rotated; the second is the rotated variance plus the square of the rotated mean, with the
+    directions of the old basis taken as uncorrelated.
+    """
+    c = q_new.T @ q_old
+    m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+    new_m, new_v = torch.zeros_like(m), torch.zeros_like(v)
+    for i in range(m.shape[0]):
+        for j in range(m.shape[1]):
+            mean = sum(c[i, k] * m_hat[k, j] for k in range(m.shape[0]))
+            variance = sum(c[i, k] ** 2 * (v_hat[k, j] - m_hat[k, j] ** 2) for k in range(m.shape[0]))
+            new_m[i, j] = (1 - betas[0] ** t) * mean
+            new_v[i, j] = (1 - betas[1] ** t) * abs(variance + mean**2)
+    return new_m, new_v

@@ -93,7 +93,7 @@ class GaLoreAdafactor(LowRankOptimizer):
     def update(
         self, grad: Tensor, moments: Mapping[str, Tensor], group: Group, step: int, param: Tensor
     ) -> tuple[Tensor, float]:
-        lr = _learning_rate(group, step, param)
+        lr = learning_rate(group, step, param)
         beta2 = 1.0 - math.pow(step, group["decay_rate"])
         square = grad.square().add_(group["eps"][0])
         if "exp_avg_sq" in moments:
@@ -116,7 +116,7 @@ def _rms(values: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
     return values.to(dtype).square().mean(dim=dim, keepdim=dim is not None).sqrt_()
 
 
-def _learning_rate(group: Group, step: int, param: Tensor) -> float:
+def learning_rate(group: Group, step: int, param: Tensor) -> float:
     """The learning rate of this step: the group's or the relative one, times the parameter's size if asked for."""
     if group["relative_step"]:
         lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
