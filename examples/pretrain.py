@@ -31,7 +31,8 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_galore
 
 ADAMW = "adamw_torch_fused"
-METHODS = [ADAMW, "galore_adamw", "galore_adamw_8bit", "galore_adafactor"]
+GALORE = ["galore_adamw", "galore_adamw_8bit", "galore_adafactor"]
+METHODS = [ADAMW, *GALORE, *(f"{name}_layerwise" for name in GALORE)]
 # GaLore's targets, by the names of their modules: all matrices of the attention and the MLPs.
 MATRICES = ["self_attn", "mlp"]
 HELD_OUT_BLOCKS = 192
@@ -140,14 +141,16 @@ def build_model(settings: argparse.Namespace) -> LlamaForCausalLM:
         eos_token_id=0,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(getattr(torch, settings.dtype))
+    model = LlamaForCausalLM(config).to(getattr(torch, settings.dtype))
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
 
 
 def adamw(model: LlamaForCausalLM, settings: argparse.Namespace) -> tuple[type, dict]:
     """AdamW with one learning rate for the matrices that GaLore projects and one for all the rest.
 
-    GaLore's scale gives the matrices a smaller rate than embeddings, head and norms. AdamW with a single rate would be
-    no fair comparison.
+    GaLore has both as well: lr·scale and lr. AdamW with a single rate would be no fair comparison.
     """
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
@@ -185,7 +188,6 @@ def training_arguments(settings: argparse.Namespace, optim: str, folder: Path) -
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.micro_batch_size,
         per_device_eval_batch_size=settings.micro_batch_size,
-        gradient_checkpointing=settings.gradient_checkpointing,
         # On a CPU bf16 is much slower than fp32 wherever the processor lacks instructions for it.
         bf16=settings.dtype == "float32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -222,21 +224,19 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, with what it leaves open filled in from the preset, and checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--config", choices=PRESETS, default="demo", help="size of the model and its settings")
-    parser.add_argument("--optim", nargs="+", choices=METHODS, default=METHODS[:2], help="the methods to compare")
-    parser.add_argument("--text", nargs="+", default=[], help="text files or folders; default: Python's own library")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model's weights")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the split and the order of the data")
-    parser.add_argument("--output_dir", default="runs/pretrain", help="where everything is written")
-    parser.add_argument("--save_steps", type=positive(int), default=None, help="steps between checkpoints")
-    parser.add_argument("--resume", action="store_true", help="continue in output_dir (from its last checkpoints)")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", choices=PRESETS, default="demo", help="size and settings (%(default)s)")
+    parser.add_argument("--optim", nargs="+", choices=METHODS, default=METHODS[:2], help="(the first two)")
+    parser.add_argument("--text", nargs="+", default=[], help="text files or folders (Python's own library)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (float32)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, split and order of the data (%(default)s)")
+    parser.add_argument("--output_dir", default="runs/pretrain", help="where everything is written (%(default)s)")
+    parser.add_argument("--save_steps", type=positive(int), help="steps between checkpoints (none are written)")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoints in output_dir")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, slower")
     for field in fields(Preset):
         if field.type is not bool:
-            parser.add_argument(f"--{field.name}", type=positive(field.type), help="default: the config's")
+            parser.add_argument(f"--{field.name}", type=positive(field.type), help="(the config's)")
     settings = parser.parse_args(arguments)
     for name, value in asdict(PRESETS[settings.config]).items():
         if getattr(settings, name, None) is None:
