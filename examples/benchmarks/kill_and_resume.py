@@ -162,9 +162,9 @@ def train(options: argparse.Namespace, folder: Path, seed: int, callback: Traine
 
 
 def state_of(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a saved optimizer's state, by parameter and name."""
+    """A saved optimizer's state by parameter and name."""
     states = torch.load(path, weights_only=True)["state"]
-    return {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
+    return {f"{n}.{name}": torch.as_tensor(value) for n, state in states.items() for name, value in state.items()}
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import hf_galore
 
@@ -71,6 +72,24 @@ def test_resumed_through_the_command_line_it_continues_the_run(finished, tmp_pat
     expected = losses(finished[0] / "out" / "checkpoint-6")
     # The same operations on the same numbers in one thread; the resumed run is in the middle of a subspace (4 steps).
     assert losses(tmp_path / "out" / "checkpoint-6") == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_layerwise_optimizer_trains_every_weight(tmp_path):
+    """The loss falls, the optimizer's state is that of small parameters, and a checkpoint is that of a plain model.
+
+    TRL's loss may read the head's weight without calling the head, which is therefore never swapped.
+    """
+    output = child(SCRIPT, *OPTIONS, "--optim=galore_adamw_layerwise", cwd=tmp_path).stdout
+    first, last = map(float, re.search(r"train loss: (\S+) at the start, (\S+) at the end", output).groups())
+    assert last < first - 0.5
+    checkpoint = tmp_path / "out" / "checkpoint-6"
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"].values()
+    small = [state["exp_avg"].shape[1] for state in states if "basis" in state]
+    assert small == [32] * 4 * 7
+    start, end = (load_file(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors") for step in (3, 6))
+    assert "lm_head.weight" in end
+    assert not [name for name in end if "lowrank" in name]
+    assert not [name for name, value in end.items() if torch.equal(value, start[name])]
 
 
 def test_only_the_tokens_of_the_assistant_have_labels(sft, tmp_path, monkeypatch):

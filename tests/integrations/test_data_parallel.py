@@ -14,7 +14,7 @@ import torch
 import trainer_cases
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from trainer_cases import METHODS, Run, assert_same, llama, logged, state_of, weights
+from trainer_cases import LAYERWISE, NAMES, Run, assert_same, llama, logged, state_of, weights
 
 import hf_galore
 
@@ -46,12 +46,20 @@ def refusal_of_fsdp(folder: Path) -> str:
     return str(caught.value)
 
 
+def refusal_of_exact(folder: Path) -> str:
+    """What training says that asks for bases from one process's gradients."""
+    with pytest.raises(ValueError, match="exact") as caught:
+        Run(LAYERWISE[0], folder).train(llama(), optim_args=", refresh=exact")
+    return str(caught.value)
+
+
 def main(output: Path) -> None:
     gc.freeze()  # as _quick_collections of conftest.py
     hf_galore.register()
     results = {
-        (method, precision): train(method, precision, output, 2) for method in METHODS for precision in PRECISIONS
+        (method, precision): train(method, precision, output, 2) for method in NAMES for precision in PRECISIONS
     }
+    results["exact"] = refusal_of_exact(output)
     results["fsdp"] = refusal_of_fsdp(output)
     torch.save(results, output / f"rank{os.environ['RANK']}.pt")
 
@@ -69,7 +77,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_ranks_agree_bit_for_bit(ranks, method, precision):
     """Weights, bases and moments, after the fifth step, which refreshed the bases; the run was DDP and did train."""
     one, other = (rank[method, precision] for rank in ranks)
@@ -82,13 +90,18 @@ def test_ranks_agree_bit_for_bit(ranks, method, precision):
     assert not [name for name, value in one["weights"].items() if torch.equal(value, start[name])]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_two_ranks_are_one_process_with_twice_the_batch(ranks, method, ours, tmp_path):
     """In float64 gradients differ by some 1e-16, which Adam divides by |g| + 1e-8: below 1e-11 a step at lr 1e-3."""
     alone = train(method, "float64", tmp_path, 2 * RANKS)
     for name, expected in alone["weights"].items():
         torch.testing.assert_close(ranks[0][method, "float64"]["weights"][name], expected, rtol=0.0, atol=1e-10)
     assert ranks[0][method, "float64"]["losses"] == pytest.approx(alone["losses"], rel=1e-6)  # losses are float32
+
+
+def test_exact_refreshes_are_refused(ranks):
+    for rank in ranks:
+        assert "refresh='exact' takes the gradients of one process; use refresh=streaming" in rank["exact"]
 
 
 def test_fsdp_is_refused(ranks):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from trainer_cases import METHODS, Run, llama, weights
+from trainer_cases import LAYERWISE, METHODS, NAMES, Run, assert_same, llama, weights
 
 
 class Untouched(torch.utils.data.Dataset):
@@ -35,10 +35,21 @@ BAD_OPTIM_ARGS = {
     "rank=8, scale=high": [r"scale='high' is not a number"],
     "rank=8, scale=-1": [r"scale: -1"],
     "rank=8, scale=nan": [r"scale: nan"],
-    "rank=8, proj_type=diagonal": [r"proj_type='diagonal' is not one of std, reverse_std, right, left, full"],
+    "rank=8, proj_type=diagonal": [r"proj_type='diagonal' is not one of .*right, left"],
     "rank=8, subspace=qr": [r"subspace='qr' is not one of"],
     "rank=8, state_dtype=int8": [r"state_dtype='int8' is not", "float32", "bfloat16"],
     "rank=8, stochastic_rounding=maybe": [r"stochastic_rounding='maybe' is not true or false"],
+}
+LAYERWISE_KEYS = {"refresh": "exact", "moments": "rotate", "fold_every": "2", "stagger": "true"}
+BAD_LAYERWISE_ARGS = {
+    "rnk=8": [rf"unknown key 'rnk'.*{GAP_KEYS}.*{', '.join(LAYERWISE_KEYS)}"],
+    "rank": [r"'rank' is not of the form key=value", ", ".join(LAYERWISE_KEYS)],
+    "rank=8, refresh=never": [r"refresh='never' is not one of exact, streaming"],
+    "rank=8, moments=reset": [r"moments='reset' is not one of keep, rotate"],
+    "rank=8, fold_every=often": [r"fold_every='often' is not an integer"],
+    "rank=8, fold_every=0": [r"fold_every: 0 - should be >= 1"],
+    "rank=8, stagger=perhaps": [r"stagger='perhaps' is not true or false"],
+    "rank=8, proj_type=full": [r"proj_type='full' is not one of right, left, std"],
 }
 BAD_TARGETS = {
     "none": (None, ValueError, ["needs optim_target_modules", "'all-linear'"]),
@@ -53,14 +64,15 @@ BAD_TARGETS = {
 
 
 def assert_refused(run, error, patterns, **changes):
-    """train() raises the error with all patterns in its text, with no data read and every weight as it was."""
+    """train() raises the error with all patterns in its text, with no data read and the model as it was."""
     model = llama()
     start = weights(model)
     with pytest.raises(error) as caught:
         run.train(model, Untouched(), **changes)
     missing = [pattern for pattern in patterns if not re.search(pattern, str(caught.value))]
     assert not missing, f"{missing} not in: {caught.value}"
-    assert all(torch.equal(value, start[name]) for name, value in weights(model).items())
+    assert_same(weights(model), start)
+    assert all(param.requires_grad for param in model.parameters())
 
 
 class Refusals(Run):
@@ -73,20 +85,33 @@ class Refusals(Run):
 
 
 @pytest.mark.parametrize("text", BAD_OPTIM_ARGS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_optim_args(method, text, ours, tmp_path):
     assert_refused(Refusals(method, tmp_path), ValueError, BAD_OPTIM_ARGS[text], optim_args=text)
 
 
-@pytest.mark.parametrize("case", BAD_TARGETS)
+@pytest.mark.parametrize("text", BAD_LAYERWISE_ARGS)
+@pytest.mark.parametrize("method", LAYERWISE)
+def test_optim_args_of_the_projected_backward(method, text, ours, tmp_path):
+    assert_refused(Refusals(method, tmp_path), ValueError, BAD_LAYERWISE_ARGS[text], optim_args=text)
+
+
+@pytest.mark.parametrize("key", LAYERWISE_KEYS)
 @pytest.mark.parametrize("method", METHODS)
+def test_keys_of_the_projected_backward_are_refused_elsewhere(method, key, ours, tmp_path):
+    text = f"rank=8, {key}={LAYERWISE_KEYS[key]}"
+    assert_refused(Refusals(method, tmp_path), ValueError, [f"unknown key '{key}'"], optim_args=text)
+
+
+@pytest.mark.parametrize("case", BAD_TARGETS)
+@pytest.mark.parametrize("method", NAMES)
 def test_optim_target_modules(method, case, ours, tmp_path):
     targets, error, patterns = BAD_TARGETS[case]
     assert_refused(Run(method, tmp_path), error, patterns, optim_target_modules=targets)
 
 
 @pytest.mark.parametrize("targets", ["q_proj", ["q_proj"], r".*\.q_proj", [r"model\.layers\.\d+\.self_attn\.q_proj"]])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_a_small_share_is_a_warning_with_the_figure(method, targets, ours, tmp_path):
     """A part of a name and a regular expression mean the same, alone or in a list; the share is of what trains."""
     model = llama()
@@ -98,7 +123,7 @@ def test_a_small_share_is_a_warning_with_the_figure(method, targets, ours, tmp_p
 
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_engines_that_shard_matrices_are_refused(method, engine, ours, tmp_path, monkeypatch):
     """accelerate's state says, as it would, that the engine runs. (With real FSDP: test_data_parallel.py.)"""
     trainer = Run(method, tmp_path).trainer(llama(), Untouched())

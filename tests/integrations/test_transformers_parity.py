@@ -19,7 +19,7 @@ from references import ReferenceOptimizer
 KEYS = {"rank": 4, "update_proj_gap": 7, "scale": 0.25}
 
 
-def run(tmp_path, proj_type, reference=None, **optim_args):
+def run(tmp_path, proj_type, reference=None, changes=None, tied=False, **optim_args):
     """The model's trained parameters as one vector."""
     torch.manual_seed(0)
     config = GPTNeoXConfig(
@@ -31,23 +31,26 @@ def run(tmp_path, proj_type, reference=None, **optim_args):
         use_cache=False,
     )
     model = GPTNeoXForCausalLM(config).double()
+    if tied:
+        one, other = (layer.mlp.dense_h_to_4h for layer in model.gpt_neox.layers)
+        other.weight = one.weight
     data = [{"input_ids": (ids := torch.randint(0, 32, (12,))), "labels": ids} for _ in range(64)]
     keys = {**KEYS, "proj_type": proj_type}
-    args = TrainingArguments(
-        tmp_path,
-        optim="galore_adamw",
-        optim_target_modules=["attention", "mlp"],
-        optim_args=",".join(f"{key}={value}" for key, value in {**keys, **optim_args}.items()),
-        learning_rate=1e-2,
-        adam_epsilon=1e-6,
-        max_steps=30,
-        per_device_train_batch_size=2,
-        max_grad_norm=1.0,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    settings = {
+        "optim": "galore_adamw",
+        "optim_target_modules": ["attention", "mlp"],
+        "optim_args": ",".join(f"{key}={value}" for key, value in {**keys, **optim_args}.items()),
+        "learning_rate": 1e-2,
+        "adam_epsilon": 1e-6,
+        "max_steps": 30,
+        "per_device_train_batch_size": 2,
+        "max_grad_norm": 1.0,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = TrainingArguments(tmp_path, **settings | (changes or {}))
     chosen = None
     if reference is not None:
         groups = galore_param_groups(model, ["attention", "mlp"], **keys)
@@ -84,3 +87,19 @@ def test_equals_galore_torch(tmp_path, proj_type, monkeypatch):
         assert relative(run(tmp_path, proj_type, subspace="svd_in_float32"), theirs) <= 1e-12
     finally:
         hf_galore.unregister()
+
+
+# Clipping is off, because the norm of the small gradients is another one.
+PLAIN = {"weight_decay": 0.1, "max_grad_norm": 0.0}
+ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+LAYERWISE = {"optim": "galore_adamw_layerwise"}
+
+
+@pytest.mark.usefixtures("ours")
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("accumulation", [{}, ACCUMULATED], ids=["", "accumulation"])
+def test_projected_backward_equals_the_optimizer(tmp_path, accumulation, tied):
+    """refresh=exact is GaLore on the right side, also where two modules share a weight."""
+    expected = run(tmp_path, "right", changes=PLAIN | accumulation, tied=tied)
+    layerwise = run(tmp_path, "right", changes=PLAIN | accumulation | LAYERWISE, tied=tied, refresh="exact")
+    assert relative(layerwise, expected) <= 1e-12

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from trainer_cases import LAYERWISE, METHODS, Run, assert_same, llama, projected_names, weights
+from trainer_cases import METHODS, NAMES, Run, assert_same, llama, projected_names, weights
 from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames
 
@@ -20,6 +20,7 @@ import hf_galore
 UPSTREAM_NAMES = [name.value for name in OptimizerNames if name.value.startswith("galore")]
 GUARDS = ["transformers.utils", "transformers.utils.import_utils", "transformers.trainer_optimizer"]
 TESTING = "transformers.testing_utils"
+TRAINER_METHODS = {"train", "create_optimizer", "_load_optimizer_and_scheduler"}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def handlers():
 
 
 def test_every_upstream_name_is_ours_while_registered(ours):
-    assert sorted(UPSTREAM_NAMES) == sorted([*METHODS, *LAYERWISE])
+    assert sorted(UPSTREAM_NAMES) == sorted(NAMES)
     assert [handler.__module__ for handler in handlers()] == ["hf_galore.integrations.transformers"] * 6
     hf_galore.unregister()
     assert [handler.__module__ for handler in handlers()] == ["transformers.trainer_optimizer"] * 6
@@ -64,10 +65,9 @@ def test_unregister_restores_transformers_exactly(times):
     before = snapshot()
     for _ in range(times):
         hf_galore.register()
-    registered = snapshot()
-    assert {key for key in changes(before, registered) if key[0] == "registry"} == {
-        ("registry", str(OptimizerNames(name))) for name in UPSTREAM_NAMES
-    }
+    changed = changes(before, snapshot())
+    assert {name for where, name in changed if where == "registry"} == {str(OptimizerNames(n)) for n in UPSTREAM_NAMES}
+    assert {name for where, name in changed if where == "transformers.trainer.Trainer"} == TRAINER_METHODS
     for _ in range(times):
         hf_galore.unregister()
         assert changes(before, snapshot()) == set()
@@ -87,11 +87,12 @@ def test_register_works_again_after_unregister():
     assert changes(first, snapshot()) == set()
 
 
-def test_a_run_in_between_is_undone_too(tmp_path):
+@pytest.mark.parametrize("method", ["galore_adamw", "galore_adamw_layerwise"])
+def test_a_run_in_between_is_undone_too(method, tmp_path):
     """Training imports more of transformers; what was there before is as it was, and nothing of ours is left."""
     before = snapshot()
     hf_galore.register()
-    Run("galore_adamw", tmp_path).train(llama(), max_steps=1)
+    Run(method, tmp_path).train(llama(), max_steps=1)
     hf_galore.unregister()
     after = snapshot()
     assert {key for key in before if before[key] is not after.get(key)} == set()
@@ -123,16 +124,6 @@ def test_a_module_imported_while_registered_is_restored_too(monkeypatch):
     hf_galore.unregister()
     assert late.is_galore_torch_available is transformers.utils.is_galore_torch_available
     assert_nothing_of_ours(snapshot())
-
-
-@pytest.mark.parametrize("name", LAYERWISE)
-def test_layerwise_names_are_refused_with_the_names_that_work(name, ours, tmp_path):
-    model = llama()
-    start = weights(model)
-    with pytest.raises(NotImplementedError, match=f"'{name}' is not in this version") as caught:
-        Run(name, tmp_path).train(model)
-    assert [f"'{method}'" in str(caught.value) for method in METHODS] == [True] * 3
-    assert_same(weights(model), start)
 
 
 CLASSES = {
@@ -175,7 +166,7 @@ WITHOUT_GALORE_TORCH = """
 import importlib.util, json, sys
 sys.path.insert(0, sys.argv[1])
 from test_transformers_register import changes, snapshot
-from trainer_cases import METHODS, Run, llama, logged, weights, distance
+from trainer_cases import METHODS, NAMES, Run, llama, logged, weights, distance
 from pathlib import Path
 import transformers
 
@@ -194,7 +185,7 @@ except ImportError as error:
     facts["without"] = str(error)
 hf_galore.register()
 facts["available"].append(transformers.utils.is_galore_torch_available())
-for method in METHODS:
+for method in NAMES:
     model = llama()
     start = weights(model)
     losses = logged(Run(method, Path(sys.argv[2])).train(model, max_steps=2), "loss")
@@ -241,7 +232,7 @@ def test_available_only_while_registered(facts):
     assert facts["available"] == [False, True, False]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_trains_without_galore_torch(facts, method):
     steps, moved = facts[method]
     assert steps == 2

@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from trainer_cases import METHODS, Run, assert_same, build, llama, logged, registered, tokens, weights
+from safetensors.torch import load_file
+from trainer_cases import (
+    LAYERWISE,
+    METHODS,
+    NAMES,
+    Run,
+    assert_same,
+    build,
+    llama,
+    logged,
+    registered,
+    tokens,
+    weights,
+)
 
 STEPS, GAP = 6, 3
 # Bases are refreshed in the first and the fourth step. The checkpoint after step ...
@@ -48,39 +61,71 @@ def assert_resumes(run, model, cut, whole=None, **changes):
         assert logged(resumed, key)[cut:] == logged(whole, key)[cut:]
 
 
-@pytest.fixture(scope="module", params=[(m, p) for m in METHODS for p in PRECISIONS], ids="-".join)
+VARIANTS = ["", ", refresh=exact", ", stagger=true, state_dtype=bfloat16"]
+KINDS = [(m, p, "") for m in METHODS for p in PRECISIONS]
+KINDS += [(m, p, variant) for m in LAYERWISE for p in PRECISIONS for variant in VARIANTS]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def whole(request, tmp_path_factory):
-    """A run, its dtype and its Trainer after the whole of it, with a checkpoint after each step."""
-    method, precision = request.param
+    """A run, its dtype, its optim_args and its Trainer after the whole of it, with a checkpoint after each step."""
+    method, precision, variant = request.param
     run, dtype = Run(method, tmp_path_factory.mktemp("whole")), PRECISIONS[precision]
+    changes = {"optim_args": SETTINGS["optim_args"] + variant}
     with registered():
-        return run, dtype, run.train(llama(dtype), **SETTINGS)
+        return run, dtype, changes, run.train(llama(dtype), **SETTINGS | changes)
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_resuming_changes_nothing(whole, cut, ours):
-    run, dtype, trainer = whole
-    assert_resumes(run, lambda: llama(dtype, seed=1), cut, trainer)
+    run, dtype, changes, trainer = whole
+    assert_resumes(run, lambda: llama(dtype, seed=1), cut, trainer, **changes)
 
 
 def test_the_state_is_tensors_that_load_safely(whole):
     """weights_only=True loads it, in the dtypes in which it was kept: float32, and bytes for 8-bit moments."""
-    _, dtype, trainer = whole
+    _, dtype, changes, trainer = whole
     saved = torch.load(Path(trainer.args.output_dir) / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)
     tensors, _ = state_bits(trainer)
     assert_same({f"{i}.{key}": value for i, state in saved["state"].items() for key, value in state.items()}, tensors)
     kinds = {value.dtype for name, value in tensors.items()}
-    assert kinds == {torch.float32} | ({torch.uint8} if "8bit" in trainer.args.optim else set())
+    expected = {torch.float32} | ({torch.uint8} if "8bit" in trainer.args.optim else set())
+    assert kinds - expected == ({torch.bfloat16} if "state_dtype" in changes["optim_args"] else set())
+    assert kinds >= expected
     assert {param.dtype for param in trainer.model.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("method", METHODS)
+UNFOLDED = {"optim_args": f", update_proj_gap={GAP}, fold_every=4", "save_steps": 3}
+
+
+@pytest.mark.parametrize("method", LAYERWISE)
+def test_resuming_between_folds(method, ours, tmp_path):
+    """What is not folded yet is folded into the checkpoint, and the run that went on did the same."""
+    assert_resumes(Run(method, tmp_path), lambda: llama(torch.bfloat16), cut=3, **UNFOLDED)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_checkpoints_have_the_keys_of_any_run(method, ours, tmp_path):
+    """Files, and names, shapes and dtypes of the tensors in model.safetensors, are those that adamw_torch leaves."""
+    contents = []
+    for optim, changes in (("adamw_torch", {"optim_args": None}), (method, {})):
+        Run(optim, tmp_path / optim).train(llama(torch.bfloat16), **SETTINGS | changes)
+        folder = tmp_path / optim / f"checkpoint-{GAP}"
+        saved = load_file(folder / "model.safetensors")
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+        contents.append((files, [(name, value.shape, value.dtype) for name, value in saved.items()]))
+    assert contents[1] == contents[0]
+    assert [name for name, *_ in contents[1][1]] == sorted(llama().state_dict())
+
+
+@pytest.mark.parametrize("method", NAMES)
 def test_resuming_with_dropout(method, ours, tmp_path):
     """GPT-2 drops a tenth of everything: the generator's state is in the checkpoint, and no refresh draws from it."""
     assert_resumes(Run(method, tmp_path), lambda: build(transformers.GPT2Config).train(), cut=4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:.* keep their full gradients:UserWarning")
+@pytest.mark.parametrize("method", NAMES)
 def test_resuming_a_mixture_with_a_bfloat16_state(method, ours, tmp_path):
     """Fused experts with a basis each, and moments and bases that are rounded stochastically.
 

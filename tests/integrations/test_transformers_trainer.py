@@ -5,6 +5,7 @@ the same function is run with it too and must fail there, so that such a behavio
 """
 
 import copy
+import itertools
 import math
 import re
 import warnings
@@ -15,19 +16,24 @@ import transformers
 from trainer_cases import (
     LAYERWISE,
     METHODS,
+    NAMES,
     RANK,
     Run,
     StepRecorder,
     assert_same,
     distance,
     hooks_on,
+    layers_of,
     llama,
     logged,
+    optimizer_of,
     state_of,
     tokens,
     weights,
 )
 from transformers import Trainer
+
+from hf_galore.lowrank_backward import lowrank_backward
 
 SAME_BATCH = tokens(samples=4) * 16
 EPS = torch.finfo(torch.float32).eps
@@ -101,6 +107,8 @@ def schedule_is_followed(run):
 def gradients_are_clipped(run):
     """grad_norm is logged as it is before clipping, and the optimizer gets gradients of norm max_grad_norm.
 
+    In the projected backward the gradient of a target is R = G Q, with G by hand from a model without it.
+
     The first moments of a norm's weights after one step are its gradients. 1e-4 is room for a norm of 10^5 float32
     squares and clip_grad_norm_'s 1e-6; the factor to be seen is 10.
     """
@@ -108,6 +116,11 @@ def gradients_are_clipped(run):
     batch = {key: torch.stack([row[key] for row in tokens()[:4]]) for key in ("input_ids", "labels")}
     by_hand(**batch).loss.backward()
     grads = {name: param.grad.double() for name, param in by_hand.named_parameters()}
+    trained = run.trainer(model := llama())
+    if trained.args.optim in LAYERWISE:
+        with lowrank_backward(model, rank=RANK, seed=trained.args.seed) as engine:  # the bases of the first step
+            names = {module: f"{name}.weight" for name, module in model.named_modules()}
+            grads |= {(n := names[layer.module]): grads[n] @ layer.basis.double() for layer in engine.layers.values()}
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
 
     trainer = run.train(llama(), max_steps=1, max_grad_norm=norm / 10)
@@ -205,14 +218,17 @@ def every_parameter_trains(run):
 
 
 class Poison(transformers.TrainerCallback):
-    """Makes the gradient of one parameter NaN before the third step, which refreshes the bases."""
+    """Makes what one parameter's step is taken from NaN before the third step, which refreshes the bases."""
 
-    def __init__(self, param):
-        self.param = param
+    def __init__(self, name):
+        self.name, self.trainer = name, None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            self.param.grad.fill_(math.nan)
+            layer = layers_of(self.trainer).get(self.name)
+            grad = layer.update.grad if layer else self.trainer.model.get_parameter(self.name).grad
+            for source in (grad, layer.sketch) if layer else (grad,):
+                source.fill_(math.nan)
 
 
 def nan_at_a_refresh_is_survived(run):
@@ -222,7 +238,9 @@ def nan_at_a_refresh_is_survived(run):
     before = state_of(run.train(copy.deepcopy(model), max_steps=2))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = run.train(model, max_steps=3, trainer={"callbacks": [Poison(model.get_parameter(name))]})
+        poison = Poison(name)
+        poison.trainer = trainer = run.trainer(model, max_steps=3, trainer={"callbacks": [poison]})
+        trainer.train()
     assert [w for w in caught if "not finite" in str(w.message)], "no warning"
     after = state_of(trainer)
     changed = {n for n in after if "basis" in after[n] and not torch.equal(after[n]["basis"], before[n]["basis"])}
@@ -242,6 +260,137 @@ def a_second_trainer_starts_afresh(run):
     run.train(model, max_steps=1, learning_rate=1e-4)
     assert_same(weights(model), weights(copied))
     assert hooks_on(model) == 0
+
+
+class Raise(transformers.TrainerCallback):
+    """Ends training after the second step, in the middle of a subspace, with the error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise self.error
+
+
+def _afresh_after(run, error, optim):
+    """Training that the error has ended leaves the model as the user gave it: a next Trainer treats it so."""
+    model = llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    shape = [(name, param.requires_grad) for name, param in model.named_parameters()]
+    trainer = run.trainer(model, optim_args=", update_proj_gap=3", trainer={"callbacks": [Raise(error)]})
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert [(name, param.requires_grad) for name, param in model.named_parameters()] == shape
+    assert list(model.state_dict()) == list(llama().state_dict())
+    assert not [m for m in model.modules() if "forward" in vars(m)], "a forward is not the module's own"
+    assert hooks_on(model) == 0
+    assert all(param.grad is None for param in model.parameters()) or "layerwise" not in run.optim
+    copied = llama()
+    copied.load_state_dict(model.state_dict())
+    copied.model.embed_tokens.weight.requires_grad_(False)
+    for each in (model, copied):
+        Run(optim or run.optim, run.folder).train(each, **{} if optim is None else {"optim_args": None})
+    assert_same(weights(model), weights(copied))
+
+
+def afresh_after_an_error(run):
+    _afresh_after(run, RuntimeError("of a callback"), None)
+
+
+def afresh_after_an_interrupt(run):
+    _afresh_after(run, KeyboardInterrupt(), None)
+
+
+def afresh_with_another_optimizer(run):
+    _afresh_after(run, KeyboardInterrupt(), "adamw_torch")
+
+
+def the_model_is_the_users_own_again(run):
+    """After training, names, classes, requires_grad, keys and hooks are as before, and every matrix gets gradients."""
+    model, before = llama(), llama()
+    run.train(model)
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in before.named_modules()]
+    assert [n for n, param in model.named_parameters() if param.requires_grad] == list(weights(before))
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+    assert hooks_on(model) == 0
+    batch = {key: torch.stack([row[key] for row in tokens()[:4]]) for key in ("input_ids", "labels")}
+    model.zero_grad()
+    model(**batch).loss.backward()
+    assert not [name for name, param in model.named_parameters() if param.grad is None]
+
+
+def a_plain_run_afterwards_is_plain(run):
+    """A second Trainer with optim="adamw_torch" trains as it would on a copy that never knew ours."""
+    model, copied = llama(), llama()
+    run.train(model)
+    copied.load_state_dict(model.state_dict())
+    plain = Run("adamw_torch", run.folder)
+    results = [plain.train(each, optim_args=None) for each in (model, copied)]
+    assert_same(weights(model), weights(copied))
+    assert in_both(results, "grad_norm")
+
+
+def in_both(trainers, key):
+    """Both Trainers logged the same values, and some."""
+    one, other = (logged(trainer, key) for trainer in trainers)
+    return one == other != []
+
+
+def train_again_continues(run):
+    """A second train() of one Trainer goes on with the optimizer it has: twice one epoch is two epochs."""
+    settings = {"optim_args": ", update_proj_gap=4"}  # the second refresh is in the second call
+    epoch = tokens(samples=12)
+    trainer = run.train(llama(), epoch, max_steps=3, **settings)
+    trainer.train()
+    once = run.train(llama(), epoch, max_steps=6, **settings)
+    assert_same(weights(trainer.model), weights(once.model))
+    for name, state in state_of(once).items():
+        assert_same(state_of(trainer)[name], state)
+
+
+def looking_changes_nothing(run):
+    """Evaluating and saving after each step leave the run's bits alone; a checkpoint holds what was evaluated.
+
+    The evaluated loss is that of a plain model from the checkpoint, to the rounding of a mean of 60 float32 terms.
+    """
+    held_out = {"eval_dataset": tokens(samples=4, seed=2)}
+    looks = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    looked = run.train(llama(), trainer=held_out, **looks)
+    assert_same(weights(looked.model), weights(run.train(llama()).model))
+    evaluated = logged(looked, "eval_loss")
+    assert len(set(evaluated)) == 3
+    for step, loss in enumerate(evaluated, start=1):
+        plain = transformers.AutoModelForCausalLM.from_pretrained(run.folder / f"checkpoint-{step}")
+        batch = {key: torch.stack([row[key] for row in held_out["eval_dataset"]]) for key in ("input_ids", "labels")}
+        assert plain.eval()(**batch).loss.item() == pytest.approx(loss, rel=60 * EPS)
+    assert looked.evaluate()["eval_loss"] == evaluated[-1]
+    assert looked.predict(held_out["eval_dataset"]).metrics["test_loss"] == evaluated[-1]
+    looked.save_model(str(run.folder / "final"))
+    assert_same(weights(type(looked.model).from_pretrained(run.folder / "final")), weights(looked.model))
+
+
+def the_best_model_is_loaded_at_the_end(run):
+    """load_best_model_at_end puts the best checkpoint's weights into the model, in place."""
+    model = llama()
+    trainer = run.train(
+        model,
+        SAME_BATCH,
+        trainer={"eval_dataset": SAME_BATCH[:4]},
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so that the first step is the best
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    best = transformers.AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    evaluated = logged(trainer, "eval_loss")
+    assert max(evaluated) == evaluated[0] > evaluated[-1]
+    assert trainer.model is model
+    assert_same(weights(model), weights(best))
 
 
 def asking_for_the_optimizer_leaves_nothing(run):
@@ -305,6 +454,32 @@ def a_smaller_batch_after_out_of_memory(run):
     assert_same(weights(found.model), weights(run.train(llama()).model))
 
 
+class FailingOnce(transformers.TrainerCallback):
+    """The first backward pass runs out of memory where the named parameter gets its gradient."""
+
+    def __init__(self, name):
+        self.name, self.trainer, self.failures = name, None, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        layer = layers_of(self.trainer).get(self.name)
+        (layer.update if layer else self.trainer.model.get_parameter(self.name)).register_hook(self.fail)
+
+    def fail(self, grad):
+        self.failures += 1
+        if self.failures == 1:
+            raise RuntimeError("CUDA out of memory.")
+
+
+def a_smaller_batch_after_a_torn_backward(run):
+    """Nothing of a backward pass that ran out of memory half-way is in the next one."""
+    callback = FailingOnce("model.layers.0.mlp.up_proj.weight")
+    settings = {"per_device_train_batch_size": 5, "auto_find_batch_size": True}
+    found = callback.trainer = run.trainer(llama(), trainer={"callbacks": [callback]}, **settings)
+    found.train()
+    assert callback.failures > 1
+    assert_same(weights(found.model), weights(run.train(llama()).model))
+
+
 BEHAVIOURS = [
     weight_decay_is_decoupled,
     adam_arguments_reach_the_step,
@@ -318,14 +493,23 @@ BEHAVIOURS = [
     every_parameter_trains,
     nan_at_a_refresh_is_survived,
     a_second_trainer_starts_afresh,
+    afresh_after_an_error,
+    afresh_after_an_interrupt,
+    afresh_with_another_optimizer,
+    the_model_is_the_users_own_again,
+    a_plain_run_afterwards_is_plain,
+    train_again_continues,
+    looking_changes_nothing,
+    the_best_model_is_loaded_at_the_end,
     asking_for_the_optimizer_leaves_nothing,
     training_again_from_model_init_repeats_itself,
     trials_of_a_search_do_not_touch_each_other,
     a_smaller_batch_after_out_of_memory,
+    a_smaller_batch_after_a_torn_backward,
 ]
 CASES = [
     pytest.param(method, check, id=f"{method}-{check.__name__}")
-    for method in METHODS
+    for method in NAMES
     for check in BEHAVIOURS
     if check is not adam_arguments_reach_the_step or "adam" in method  # Adafactor has none of these
 ]
@@ -338,6 +522,138 @@ OLD_NAMES = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWar
 @pytest.mark.parametrize(("method", "check"), CASES)
 def test_keeps_the_promise(method, check, ours, tmp_path):
     check(Run(method, tmp_path))
+
+
+# What only the projected backward has.
+
+
+def folds_may_wait(run):
+    """fold_every=3 ends where fold_every=1 does, evaluates and saves what is not folded yet, and resumes from that.
+
+    In float64 the two sum the same terms in another order, some 1e-16 a step. Adam may make lr·1e-16/1e-8 = 1e-11 of
+    it; Llama's norms go through float32, where 1e-16 can become 1e-7 of a gradient, in the few entries that it turns:
+    lr·1e-3 is room for those.
+    """
+    looks = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 4, "max_steps": 5}
+    held_out = {"eval_dataset": tokens(samples=4, seed=2)}
+    each, third = (
+        run.train(llama(torch.float64), optim_args=f", fold_every={k}", trainer=held_out, **looks) for k in (1, 3)
+    )
+    for name, value in weights(each.model).items():
+        torch.testing.assert_close(weights(third.model)[name], value, rtol=0.0, atol=1e-6)
+    assert logged(third, "eval_loss") == pytest.approx(logged(each, "eval_loss"), rel=1e-6)
+    resumed = run.trainer(llama(torch.float64, seed=1), optim_args=", fold_every=3", **looks | {"eval_strategy": "no"})
+    resumed.train(resume_from_checkpoint=str(run.folder / "checkpoint-4"))
+    assert_same(weights(resumed.model), weights(third.model))
+
+
+def options_reach_the_engine(run):
+    """Every key of optim_args that the projected backward has is that of its settings, the seed is the Trainer's."""
+    keys = {"refresh": "exact", "moments": "rotate", "fold_every": 2, "proj_type": "std", "subspace": "svd"}
+    text = "".join(f", {key}={value}" for key, value in keys.items())
+    trainer = run.train(llama(), seed=7, optim_args=f"{text}, stagger=true, state_dtype=bfloat16", max_steps=1)
+    settings = optimizer_of(trainer).lowrank_backward.settings
+    assert {key: getattr(settings, key) for key in keys} == keys
+    assert (settings.rank, settings.stagger, settings.state_dtype, settings.seed) == (RANK, True, torch.bfloat16, 7)
+    own = run.train(llama(), optim_args=", seed=3, stochastic_rounding=false", max_steps=1)
+    settings = optimizer_of(own).lowrank_backward.settings
+    assert (settings.seed, settings.stochastic_rounding, settings.refresh) == (3, False, "streaming")
+
+
+def staggered_layers_refresh_one_after_another(run):
+    """With stagger=true no two of 14 layers refresh in the same of 14 steps, after the first."""
+    steps = 15
+    seen = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append({name: layer.basis.clone() for name, layer in layers_of(trainer).items()})
+
+    trainer = run.trainer(
+        llama(), max_steps=steps, optim_args=", update_proj_gap=14, stagger=true", trainer={"callbacks": [Watch()]}
+    )
+    trainer.train()
+    pairs = itertools.pairwise(seen)
+    moved = [sum(not torch.equal(after[n], before[n]) for n in before) for before, after in pairs]
+    assert moved == [1] * (steps - 1)
+
+
+def only_small_gradients_exist(run):
+    """While training, no target has a gradient, and B's is (m, r)."""
+
+    class Watch(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            for name, layer in layers_of(trainer).items():
+                weight = trainer.model.get_parameter(name)
+                assert weight.grad is None
+                assert not weight.requires_grad
+                assert layer.update.grad.shape == (weight.shape[0], RANK)
+            self.seen = len(layers_of(trainer))
+
+    watch = Watch()
+    trainer = run.trainer(llama(), trainer={"callbacks": [watch]})
+    trainer.train()
+    assert watch.seen == 14
+
+
+LAYERWISE_BEHAVIOURS = [
+    folds_may_wait,
+    options_reach_the_engine,
+    staggered_layers_refresh_one_after_another,
+    only_small_gradients_exist,
+]
+
+
+@pytest.mark.parametrize("check", LAYERWISE_BEHAVIOURS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("method", LAYERWISE)
+def test_projected_backward(method, check, ours, tmp_path):
+    check(Run(method, tmp_path))
+
+
+EXACT = [
+    accumulation_equals_a_larger_batch,
+    checkpointing_reentrant,
+    checkpointing_non_reentrant,
+    autocast_keeps_float32_weights,
+    bfloat16_weights_follow_float32,
+    every_parameter_trains,
+    a_smaller_batch_after_a_torn_backward,
+]
+
+
+class Exact(Run):
+    """A `Run` with refresh=exact."""
+
+    def arguments(self, optim_args="", **changes):
+        if not changes.get("optim", self.optim).endswith("layerwise"):
+            return super().arguments(optim_args, **changes)
+        return super().arguments(f"{optim_args or ''}, refresh=exact", **changes)
+
+
+@OLD_NAMES
+@pytest.mark.parametrize("check", EXACT, ids=lambda check: check.__name__)
+def test_keeps_the_promise_with_exact_refreshes(check, ours, tmp_path):
+    check(Exact(LAYERWISE[0], tmp_path))
+
+
+def test_torch_compile(ours, tmp_path):
+    """torch_compile=True trains as without, refreshes included.
+
+    aot_eager runs the same kernels in the order of the traced graph: losses to 1e-5 (the rounding of a float32 loss,
+    some times), the way of the weights to a hundredth (Adam makes steps of lr from gradients that are mere rounding).
+    """
+    run = Run(LAYERWISE[0], tmp_path)
+    start = weights(llama(num_hidden_layers=1, use_cache=False))
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    try:
+        eager, traced = (
+            run.train(llama(num_hidden_layers=1, use_cache=False), **options) for options in ({}, compiled)
+        )
+    finally:
+        torch._dynamo.reset()
+    assert logged(traced, "loss") == pytest.approx(logged(eager, "loss"), rel=1e-5)
+    apart = distance(weights(traced.model), weights(eager.model))
+    assert apart < 0.01 * distance(start, weights(eager.model))
 
 
 # What fails with galore-torch 1.0 and transformers 5.23, and how.
@@ -377,7 +693,7 @@ def test_galore_torch_does_not(name, check, error, message, incumbent, tmp_path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the Trainer's fp16=True, with its GradScaler, needs a GPU")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_gradient_scaler(method, ours, tmp_path):
     """fp16=True: the scaler unscales before clipping and the step, so the weights follow those of float32."""
     start = weights(llama())

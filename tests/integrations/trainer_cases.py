@@ -16,6 +16,7 @@ import hf_galore
 
 METHODS = ("galore_adamw", "galore_adamw_8bit", "galore_adafactor")
 LAYERWISE = tuple(f"{name}_layerwise" for name in METHODS)
+NAMES = (*METHODS, *LAYERWISE)
 
 RANK = 8
 VOCABULARY = 128
@@ -36,8 +37,9 @@ def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
 
     `galore_adamw_8bit` keeps moments of 4096 elements and more in 8 bits: embeddings, head, and (512, 8) of the MLP.
     """
-    settings = {"attention_bias": True, "tie_word_embeddings": False, **changes}
-    return build(transformers.LlamaConfig, dtype, intermediate_size=512, num_key_value_heads=2, **settings)
+    settings = {"intermediate_size": 512, "num_key_value_heads": 2, "attention_bias": True}
+    settings["tie_word_embeddings"] = False
+    return build(transformers.LlamaConfig, dtype, **settings | changes)
 
 
 def build(config: type, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> nn.Module:
@@ -73,17 +75,41 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return float(sum((one[name].double() - other[name].double()).square().sum() for name in one) ** 0.5)
 
 
+def optimizer_of(trainer: Trainer) -> torch.optim.Optimizer:
+    """The Trainer's optimizer without accelerate's wrapper."""
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
+def layers_of(trainer: Trainer) -> dict[str, Any]:
+    """The layers of the projected backward by the names of their weights; none for the other names of `optim`."""
+    engine = getattr(optimizer_of(trainer), "lowrank_backward", None)
+    modules = {module: name for name, module in trainer.model.named_modules()}
+    return {f"{modules[layer.module]}.weight": layer for layer in engine.layers.values()} if engine else {}
+
+
+def names_of(trainer: Trainer) -> dict[Tensor, str]:
+    """What each parameter of the optimizer is called; a small parameter of the projected backward is its weight."""
+    small = {layer.update: name for name, layer in layers_of(trainer).items()}
+    return {param: name for name, param in trainer.model.named_parameters()} | small
+
+
+def in_groups(trainer: Trainer) -> list[str]:
+    """The names of all parameters in the optimizer's groups, in alphabetical order."""
+    names = names_of(trainer)
+    return sorted(names[param] for group in trainer.optimizer.param_groups for param in group["params"])
+
+
 def projected_names(trainer: Trainer) -> set[str]:
-    """Names of the parameters that the Trainer's optimizer steps in low-rank coordinates."""
-    names = {id(param): name for name, param in trainer.model.named_parameters()}
-    return {names[id(p)] for group in trainer.optimizer.param_groups if group.get("rank") for p in group["params"]}
+    """Names of the parameters that are trained in low-rank coordinates."""
+    names = names_of(trainer)
+    projected = {names[p] for group in trainer.optimizer.param_groups if group.get("rank") for p in group["params"]}
+    return projected | set(layers_of(trainer))
 
 
 def state_of(trainer: Trainer) -> dict[str, dict[str, Any]]:
     """The optimizer's state by the name of the parameter."""
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    names = {id(param): name for name, param in trainer.model.named_parameters()}
-    return {names[id(param)]: state for param, state in optimizer.state.items()}
+    names = names_of(trainer)
+    return {names[param]: state for param, state in optimizer_of(trainer).state.items()}
 
 
 def hooks_on(model: nn.Module) -> int:
