@@ -45,6 +45,8 @@ class LowRankBackward:
         self.unswapped: set[str] = set()  # names of targets that stay with the optimizer
         self.gradients_complete: Callable[[], bool] = lambda: True  # False while further micro-batches are to come
         self._hooks: list[Any] = []
+        self._warned: set[str] = set()
+        self._stepped = False
 
     @property
     def count(self) -> int:
@@ -80,6 +82,7 @@ class LowRankBackward:
                 *(name for name, weight in small.items() if weight in decay_parameters),
             }
         low_rank = {
+            "subspace": self.settings.subspace,
             "rank": self.settings.rank,
             "update_proj_gap": self.settings.update_proj_gap,
             "scale": self.settings.scale,
@@ -88,6 +91,12 @@ class LowRankBackward:
         }
         kinds = [({}, full), (low_rank, self.unswapped), ({}, list(small))]
         return group_parameters(model, kinds, weight_decay, decay_parameters)
+
+    def warn(self, message: str) -> None:
+        """Warns once for each kind of message (its first words)."""
+        if message[:40] not in self._warned:
+            self._warned.add(message[:40])
+            warnings.warn(f"projected backward: {message}. Further cases are not reported", stacklevel=2)
 
     def add(self, module: nn.Module) -> None:
         """Makes a layer of the module; `install` puts it to work."""
@@ -152,7 +161,7 @@ class LowRankBackward:
             """torch casts state to the parameter's dtype; the bases keep theirs."""
             loaded.clear()
             for index, state in state_dict["state"].items():
-                loaded[index] = {k: v for k, v in state.items() if k in ("basis", "test_matrix")}
+                loaded[index] = {k: v for k, v in state.items() if k in ("basis", "basis_steps", "test_matrix")}
 
         def restore(opt: torch.optim.Optimizer) -> None:
             params = [param for group in opt.param_groups for param in group["params"]]
@@ -176,6 +185,15 @@ class LowRankBackward:
                     yield self.layers[param], group
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._stepped:
+            self._stepped = True
+            names = {module: name for name, module in self.model.named_modules()}
+            idle = [names[layer.module] for layer in self.layers.values() if layer.update.grad is None]
+            if idle:
+                self.warn(
+                    f"{len(idle)} modules got no gradient in the first step: {', '.join(idle[:4])}. A module that is "
+                    "never called, because the model reads its weight, does not train: leave it out of target_modules"
+                )
         for layer, group in self._stepping(optimizer):
             if layer.candidate is not None:
                 self._adopt(layer, optimizer, group)
@@ -194,7 +212,7 @@ class LowRankBackward:
                 layer.fold()
             layer.tapping = layer.due()
             state = optimizer.state[layer.update]
-            state["basis"], state["basis_steps"] = layer.basis, layer.steps
+            state["basis"], state["basis_steps"] = layer.basis, torch.tensor(float(layer.steps))
             state.pop("test_matrix", None)
             if layer.tapping and self.settings.refresh == "streaming":
                 layer.aim(self._first_moment(layer, optimizer, group))
@@ -385,8 +403,9 @@ def _plain_forward(module: nn.Module) -> bool:
 
 def _swappable(model: nn.Module) -> Iterator[nn.Module]:
     getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None  # some losses read the head's weight and never call it
+    head = getter() if callable(getter) else None
+    heads = set(head.modules()) if head is not None else set()  # some losses read its weight and never call it
     for module in model.modules():
         plain = _plain_forward(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
-        if plain and "forward" not in vars(module) and module is not head:
+        if plain and "forward" not in vars(module) and module not in heads:
             yield module

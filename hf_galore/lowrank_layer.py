@@ -63,6 +63,9 @@ class Steering(Protocol):
     settings: Settings
     gradients_complete: Callable[[], bool]
 
+    def warn(self, message: str) -> None:
+        """Warns of a refresh that could not give what was asked for, once for each kind of message."""
+
     @property
     def count(self) -> int:
         """The number of layers."""
@@ -88,7 +91,7 @@ class LowRankLayer:
         self.full: Tensor | None = None  # G, in an exact refresh
         self.sketch: Tensor | None = None  # Z, in a streaming one
         self.candidate: Tensor | None = None  # the basis that the next step adopts
-        self._receiving = False
+        self._pass = -1  # the backward pass that added last
         shape = (m, self.rank) if self.right else (self.rank, n)
         self.update = nn.Parameter(self.weight.new_zeros(shape))
         self._listen()
@@ -157,7 +160,6 @@ class LowRankLayer:
     def forget(self) -> None:
         """Drops what a step in progress has gathered."""
         self.full = self.sketch = self.candidate = None
-        self._receiving = False
 
     def replaced(self, *_: Any) -> None:
         """Before W is loaded: what is pending belongs to the old one."""
@@ -173,10 +175,10 @@ class LowRankLayer:
 
     def _receive(self, x: Tensor, gy: Tensor) -> None:
         """Adds one use of the layer in the backward pass, x (tokens, n) and gy (tokens, m), to G or to Z."""
-        grad = self.update.grad
-        if not self._receiving and (grad is None or not grad.any()):
-            self.full = self.sketch = None  # gradients that were thrown away have left something
-        self._receiving = True
+        grad, this_pass = self.update.grad, torch._C._current_graph_task_id()
+        if this_pass != self._pass and (grad is None or not grad.any()):
+            self.full = self.sketch = None  # gradients that were thrown away, or a pass that failed, left something
+        self._pass = this_pass
         if self.settings.refresh == "exact":
             grad = (gy.mT @ x).to(self.update.dtype)
             self.full = grad if self.full is None else self.full.add_(grad)
@@ -187,7 +189,6 @@ class LowRankLayer:
 
     def _received(self) -> None:
         """After a backward pass has added to B's gradient: an exact refresh puts G in the new coordinates there."""
-        self._receiving = False
         if self.full is not None and self.engine.gradients_complete():
             # As the optimizer path takes it, from the gradient as stored: the signs of an SVD depend on that.
             stored_side = {False: self.side, True: Left() if self.right else Right()}[self.transposed]
@@ -213,7 +214,12 @@ class LowRankLayer:
 
     def _new_basis(self, matrix: Tensor, side: Side) -> Tensor:
         method = SUBSPACES[self.settings.subspace]
-        basis, _ = refresh(matrix, self.rank, side, method, self.basis, self._seed(2))
+        basis, reason = refresh(matrix, self.rank, side, method, self.basis, self._seed(2))
+        if reason is not None:
+            shape, step = tuple(self.stored_weight.shape), self.steps
+            self.engine.warn(
+                f"a basis refresh found that {reason} (parameter of shape {shape}, step {step}): keeping the old basis"
+            )
         return basis.to(self.settings.state_dtype or self.work)
 
     def _random(self, size: int) -> Tensor:

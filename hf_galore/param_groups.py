@@ -50,6 +50,14 @@ def galore_param_groups(
     """
     targets = find_targets(model, target_modules)
     low_rank = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, **options}
+    trainable = [name for name, param in model.named_parameters() if param.requires_grad]
+    warn_of_a_small_share(model, targets, target_modules)
+    kinds = [({}, [name for name in trainable if name not in targets]), (low_rank, sorted(targets))]
+    return group_parameters(model, kinds, weight_decay, decay_parameters)
+
+
+def warn_of_a_small_share(model: nn.Module, targets: Collection[str], target_modules: str | Sequence[str]) -> None:
+    """Warns where less than a tenth of what trains is projected."""
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     projected_size = sum(param.numel() for name, param in trainable.items() if name in targets)
     share = projected_size / sum(param.numel() for param in trainable.values())
@@ -57,11 +65,8 @@ def galore_param_groups(
         warnings.warn(
             f"only {share:.1%} of the trainable parameters are projected (target_modules={target_modules!r}): "
             "the rest has the memory of full-rank training",
-            stacklevel=2,
+            stacklevel=3,
         )
-
-    kinds = [({}, [name for name in trainable if name not in targets]), (low_rank, sorted(targets))]
-    return group_parameters(model, kinds, weight_decay, decay_parameters)
 
 
 def group_parameters(

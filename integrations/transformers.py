@@ -13,9 +13,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import TrainingArguments, trainer_optimizer
 from transformers import trainer as hf_trainer
-from transformers.training_args import OptimizerNames, ParallelMode
+from transformers import trainer_optimizer
+from transformers.training_args import OptimizerNames, ParallelMode, TrainingArguments
 from transformers.utils.import_utils import is_galore_torch_available as _asks_for_galore_torch
 
 from hf_galore.lowrank_backward import disable, enable
@@ -23,7 +23,7 @@ from hf_galore.optim.adafactor import GaLoreAdafactor
 from hf_galore.optim.adamw import GaLoreAdamW
 from hf_galore.optim.adamw8bit import GaLoreAdamW8bit
 from hf_galore.optim.optimizer import GALORE_TORCH_STATE, LOW_RANK_DEFAULTS, STATE_DTYPES
-from hf_galore.param_groups import find_targets, galore_param_groups
+from hf_galore.param_groups import find_targets, galore_param_groups, warn_of_a_small_share
 
 OPTIMIZERS: dict[OptimizerNames, type[torch.optim.Optimizer]] = {
     OptimizerNames.GALORE_ADAMW: GaLoreAdamW,
@@ -109,7 +109,8 @@ def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, 
     """
     optimizer_class, kwargs, low_rank = _read(ctx, LAYERWISE, {**_GROUP_KEYS, **_LAYERWISE_KEYS})
     target_modules = ctx.args.optim_target_modules
-    find_targets(_model(ctx), target_modules)  # raises for names that match nothing
+    targets = find_targets(_model(ctx), target_modules)  # raises for names that match nothing
+    warn_of_a_small_share(_model(ctx), targets, target_modules)
     shared = {key: kwargs[key] for key in ("state_dtype", "stochastic_rounding", "seed") if key in kwargs}
     if low_rank.get("refresh") == "exact" and ctx.args.parallel_mode == ParallelMode.DISTRIBUTED:
         raise ValueError("optim_args: refresh='exact' takes the gradients of one process; use refresh=streaming")
@@ -235,7 +236,9 @@ _OPTIMIZER_KEYS: dict[str, Callable[[str], Any]] = {
     "seed": int,
 }
 _MEANING: dict[Any, str] = {int: "an integer", float: "a number"}
-VALID_KEYS = ", ".join((*_GROUP_KEYS, *_OPTIMIZER_KEYS))
+VALID_KEYS = (
+    f"{', '.join((*_GROUP_KEYS, *_OPTIMIZER_KEYS))}; with the _layerwise names also {', '.join(_LAYERWISE_KEYS)}"
+)
 
 
 def _read_optim_args(
