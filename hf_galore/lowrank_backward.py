@@ -242,10 +242,13 @@ class LowRankBackward:
             self._change_moments(layer, optimizer, group, lambda m: rotate(m, overlap, layer.side, bias1, bias2))
 
     def _first_moment(self, layer: LowRankLayer, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Tensor:
-        found: list[Tensor] = []
-        self._change_moments(layer, optimizer, group, lambda moments: found.extend(_only(moments, "exp_avg")))
+        """The first moment, or the low-rank gradient where the rule keeps none."""
+        if isinstance(optimizer, LowRankOptimizer):
+            moments: dict[str, Tensor] = optimizer.read_moments(layer.update, group)
+        else:
+            moments = optimizer.state[layer.update]
         assert layer.update.grad is not None
-        return found[0] if found else layer.update.grad
+        return moments.get("exp_avg", layer.update.grad)
 
     def _change_moments(
         self,
@@ -279,10 +282,6 @@ def _rate(layer: LowRankLayer, group: dict[str, Any]) -> float:
     if group.get("relative_step"):  # Adafactor's own
         return learning_rate(group, layer.steps, layer.stored_weight)
     return float(group["lr"])
-
-
-def _only(moments: dict[str, Tensor], name: str) -> list[Tensor]:
-    return [moments[name]] if name in moments else []
 
 
 def _drop_update(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -321,8 +320,7 @@ def enable(
         target_modules: as in `galore_param_groups`.
         rank, update_proj_gap, scale: as in `galore_param_groups`.
         proj_type: `right` (default; keeps x Q (tokens, r) for the backward pass instead of x), `left` (must keep x),
-        or
-            `std`, the paper's choice by shape.
+            or `std`, the paper's choice by shape.
         refresh: `streaming` or `exact`; see the module's first lines.
         moments: at a refresh, `rotate` (LDAdam's formulas; default of `streaming`) or `keep` (the paper; default of
             `exact`).

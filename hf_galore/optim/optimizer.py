@@ -193,12 +193,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def change_moments(self, param: Tensor, group: Group, change: Callable[[dict[str, Tensor]], None]) -> None:
         """Lets `change` alter the moments of a full-rank parameter in place, in working precision, whatever they are
         kept in."""
-        state = self.state[param]
-        formats = self._formats(param.shape, group, _working_dtype(param))
-        moments = {name: kept.read(state, name) for name, (_, kept) in formats.items()}
+        moments = self.read_moments(param, group)
         change(moments)
-        for name, (_, kept) in formats.items():
-            kept.write(state, name, moments[name], None)
+        for name, (_, kept) in self._formats(param.shape, group, _working_dtype(param)).items():
+            kept.write(self.state[param], name, moments[name], None)
+
+    def read_moments(self, param: Tensor, group: Group) -> dict[str, Tensor]:
+        """The moments of a full-rank parameter in working precision."""
+        formats = self._formats(param.shape, group, _working_dtype(param))
+        return {name: kept.read(self.state[param], name) for name, (_, kept) in formats.items()}
 
     def _refresh(self, param: Tensor, side: Side, group: Group, key: RoundingKey) -> Tensor:
         """The new basis of a parameter, from its gradient; warns where the gradient cannot give one."""
