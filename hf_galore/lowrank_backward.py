@@ -29,7 +29,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings
 from hf_galore.optim.adafactor import learning_rate
-from hf_galore.optim.optimizer import LowRankOptimizer
+from hf_galore.optim.optimizer import LowRankOptimizer, warn_once
 from hf_galore.param_groups import ALL_LINEAR, find_targets, group_parameters, is_conv1d
 from hf_galore.subspace import rotate
 
@@ -94,9 +94,7 @@ class LowRankBackward:
 
     def warn(self, message: str) -> None:
         """Warns once for each kind of message (its first words)."""
-        if message[:40] not in self._warned:
-            self._warned.add(message[:40])
-            warnings.warn(f"projected backward: {message}. Further cases are not reported", stacklevel=2)
+        warn_once(self._warned, "projected backward", message)
 
     def add(self, module: nn.Module) -> None:
         """Makes a layer of the module; `install` puts it to work."""

@@ -223,11 +223,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return basis
 
     def _warn(self, message: str) -> None:
-        """Warns once for each kind of message (its first words), not once for each parameter and step."""
-        kind = message[:40]
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(f"{type(self).__name__}: {message}. Further cases are not reported", stacklevel=2)
+        warn_once(self._warned, type(self).__name__, message)
+
+
+def warn_once(seen: set[str], owner: str, message: str) -> None:
+    """Warns once for each kind of message (its first words), not once for each parameter and step."""
+    kind = message[:40]
+    if kind not in seen:
+        seen.add(kind)
+        warnings.warn(f"{owner}: {message}. Further cases are not reported", stacklevel=3)
 
 
 GALORE_TORCH_STATE = (
