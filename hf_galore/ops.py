@@ -7,7 +7,6 @@ Lower precisions are computed in float32, a block of rows at a time, and rounded
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,20 +16,22 @@ from hf_galore.rounding import RoundingKey, random_bits, round_stochastic
 _BLOCK_ELEMENTS = 1 << 18  # a few float32 temporaries of this size stay in a CPU's second-level cache
 
 
+def _cpu_multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+_CPU_MULTIPLIES_BFLOAT16 = _cpu_multiplies_bfloat16()  # asked once: torch.compile cannot trace the question
+
+
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The precision in which a matrix of this dtype is multiplied by a low-rank factor.
 
     bfloat16 where the device multiplies it natively; elsewhere, and for float16 (whose range is too small), float32.
     """
-    if dtype == torch.bfloat16 and (device.type != "cpu" or _cpu_multiplies_bfloat16()):
+    if dtype == torch.bfloat16 and (device.type != "cpu" or _CPU_MULTIPLIES_BFLOAT16):
         return dtype
     return torch.promote_types(dtype, torch.float32)
-
-
-@cache
-def _cpu_multiplies_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -40,6 +41,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype == b.dtype:
         return a @ b
+    if torch.compiler.is_compiling():  # the compiler fuses the conversion into what comes before
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        return a.to(dtype) @ b.to(dtype)
     if a.dim() > 2:
         return torch.stack([matmul(x, y) for x, y in zip(a, b, strict=True)])
     if a.dtype.itemsize < b.dtype.itemsize:
@@ -73,7 +77,7 @@ def add_lowrank_(
                 block = one[rows].float()
                 if product == torch.float32:
                     return block.addmm_(a[rows], b, beta=beta, alpha=alpha)
-                return _scaled(block, beta).add_(a[rows] @ b, alpha=alpha)
+                return scale_(block, beta).add_(a[rows] @ b, alpha=alpha)
 
             _round_rows_(one, new_rows, key, first_row=index * one.shape[0])
 
@@ -81,11 +85,11 @@ def add_lowrank_(
 def add_(weight: Tensor, delta: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
     """weight ← beta·weight + alpha·delta, element by element, in place; any shape."""
     if weight.dtype in (torch.float32, torch.float64):
-        _scaled(weight, beta).add_(delta, alpha=alpha)
+        scale_(weight, beta).add_(delta, alpha=alpha)
         return
     with _viewed(weight, -1, _width(weight)) as matrix:
         deltas = delta.reshape(matrix.shape)
-        _round_rows_(matrix, lambda rows: _scaled(matrix[rows].float(), beta).add_(deltas[rows], alpha=alpha), key)
+        _round_rows_(matrix, lambda rows: scale_(matrix[rows].float(), beta).add_(deltas[rows], alpha=alpha), key)
 
 
 def round_into_(target: Tensor, values: Tensor, key: RoundingKey | None) -> None:
@@ -95,8 +99,8 @@ def round_into_(target: Tensor, values: Tensor, key: RoundingKey | None) -> None
         _round_rows_(matrix, lambda rows: source[rows].float(), key)
 
 
-def _scaled(tensor: Tensor, factor: float) -> Tensor:
-    """tensor ← factor·tensor in place; a factor of 1 costs nothing."""
+def scale_(tensor: Tensor, factor: float) -> Tensor:
+    """tensor ← factor·tensor, in place; a factor of 1 costs nothing."""
     return tensor if factor == 1.0 else tensor.mul_(factor)
 
 

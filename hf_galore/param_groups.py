@@ -3,7 +3,7 @@
 import difflib
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -58,7 +58,7 @@ def galore_param_groups(
 
 def warn_of_a_small_share(model: nn.Module, targets: Collection[str], target_modules: str | Sequence[str]) -> None:
     """Warns where less than a tenth of what trains is projected."""
-    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    trainable = {n: param for n, param in model.named_parameters() if param.requires_grad or n in targets}
     projected_size = sum(param.numel() for name, param in trainable.items() if name in targets)
     share = projected_size / sum(param.numel() for param in trainable.values())
     if share < 0.1:
@@ -94,15 +94,25 @@ def _decays(name: str, param: nn.Parameter, decay_parameters: Collection[str] | 
     return param.dim() >= 2 if decay_parameters is None else name in decay_parameters
 
 
-def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> set[str]:
+def find_targets(
+    model: nn.Module, target_modules: str | Sequence[str], quantized: Callable[[nn.Module], bool] | None = None
+) -> set[str]:
     """Names (as in `model.named_parameters()`) of the trainable parameters that `target_modules` asks to project.
+
+    Args:
+        quantized: says of which modules the quantized weight is a target as well. torch cannot mark codes as
+            trainable; they count as frozen where the model has adapters, which train in their place.
 
     Raises:
         ValueError, TypeError: as `galore_param_groups`.
     """
     patterns = _as_list(target_modules)
     canonical = {id(param): name for name, param in model.named_parameters()}
-    candidates = list(_candidates(model))
+    adapters = _adapter_prefixes(model)
+    trained_codes = set()
+    if quantized is not None and not adapters:
+        trained_codes = {id(module.weight) for module in model.modules() if quantized(module)}
+    candidates = list(_candidates(model, trained_codes))
     everything = len(patterns) == 1 and patterns[0].replace("_", "-") == ALL_LINEAR
     if everything:
         left_out = _left_out_of_all_linear(model)
@@ -113,10 +123,11 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> set[s
                 raise ValueError(_nothing_matches(pattern, model, [path for path, _ in candidates]))
         chosen = [(path, param) for path, param in candidates if any(_matches(p, path) for p in patterns)]
 
-    adapters = _adapter_prefixes(model)
     named = {prefix for prefix in adapters if any(_stem(prefix) in pattern for pattern in patterns)}
     targets = {
-        canonical[id(param)] for path, param in chosen if param.requires_grad and not _inside(path, adapters - named)
+        canonical[id(param)]
+        for path, param in chosen
+        if (param.requires_grad or id(param) in trained_codes) and not _inside(path, adapters - named)
     }
     if not targets:
         raise ValueError(
@@ -144,12 +155,15 @@ def _as_list(target_modules: str | Sequence[str]) -> list[str]:
     return list(patterns)
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(path, parameter) of every matrix that can be projected: module paths; parameter paths for fused experts."""
+def _candidates(model: nn.Module, trained_codes: Collection[int]) -> Iterator[tuple[str, nn.Parameter]]:
+    """(path, parameter) of every matrix that can be projected: module paths; parameter paths for fused experts.
+
+    Quantized weights are among them if their ids are in `trained_codes`.
+    """
     for path, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) or is_conv1d(module):
-            if isinstance(weight, nn.Parameter) and weight.is_floating_point():
+            if isinstance(weight, nn.Parameter) and (weight.is_floating_point() or id(weight) in trained_codes):
                 yield path, weight
         elif not isinstance(module, nn.modules.conv._ConvNd):
             for name, param in module.named_parameters(recurse=False):

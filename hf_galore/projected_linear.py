@@ -10,39 +10,49 @@ That the projected gradient is the gradient of such a factor is known (LoQT, Com
 is R itself here, not scale·R, so that moments, eps and clipping mean what they mean in GaLore's optimizer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from hf_galore.ops import matmul
+
 
 class ProjectedLinear(torch.autograd.Function):
-    """x (..., n) → y (..., m) for W (m, n), with R as the gradient of `update`. Pure: torch.compile takes it."""
+    """x (..., n) → y (..., m) for W (m, n), with R as the gradient of `update`. Pure: torch.compile takes it.
+
+    Args:
+        weight: W, or what `decode` makes W of.
+        kept: what the backward pass makes R of: x Q (..., r) on the right, x on the left; not differentiated.
+        basis: Q (n, r) or P (m, r), in the precision of the products that make R.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        decode: Callable[[Tensor], Tensor] | None,
         bias: Tensor | None,
         update: Tensor,
+        kept: Tensor,
         basis: Tensor,
         right: bool,
         decay: float,
         scale: float,
         pending: bool,
     ) -> Tensor:
-        y = linear(x, weight.to(x.dtype), None if pending else bias)
-        kept = x @ basis if right else x
+        y = linear(x, _dense(weight, decode, x.dtype), None if pending else bias)
         if pending:
             factor = update.to(x.dtype)
-            y = y * decay + scale * (kept @ factor.mT if right else (x @ factor.mT) @ basis.mT)
+            y = y * decay + scale * (kept @ factor.mT if right else (x @ factor.mT) @ basis.to(x.dtype).mT)
             y = y if bias is None else y + bias
         # What a plain step does not need again is not kept alive.
         ctx.save_for_backward(kept, weight, basis if pending or not right else None, update if pending else None)
-        ctx.update_dtype = update.dtype
-        ctx.right, ctx.decay, ctx.scale, ctx.pending = right, decay, scale, pending
+        ctx.update_dtype, ctx.product = update.dtype, basis.dtype
+        ctx.decode, ctx.right, ctx.decay, ctx.scale, ctx.pending = decode, right, decay, scale, pending
         return y
 
     @staticmethod
@@ -51,18 +61,22 @@ class ProjectedLinear(torch.autograd.Function):
         rows = gy.reshape(-1, gy.shape[-1])
         gx = gbias = low = None
         if ctx.needs_input_grad[0]:
-            # Under autocast W has another dtype: its copy is made again, not kept from the forward pass.
-            gx = gy @ weight.to(gy.dtype)
+            # Under autocast W has another dtype, and codes are decoded: W is made again, not kept from the forward.
+            gx = gy @ _dense(weight, ctx.decode, gy.dtype)
             if ctx.pending:
-                factor = update.to(gy.dtype)
-                gx = gx * ctx.decay + ctx.scale * ((gy @ factor) @ basis.mT if ctx.right else (gy @ basis) @ factor)
-        if ctx.needs_input_grad[2]:
-            gbias = rows.sum(0)
+                factor, back = update.to(gy.dtype), basis.to(gy.dtype)
+                gx = gx * ctx.decay + ctx.scale * ((gy @ factor) @ back.mT if ctx.right else (gy @ back) @ factor)
         if ctx.needs_input_grad[3]:
+            gbias = rows.sum(0)
+        if ctx.needs_input_grad[4]:
             tokens = kept.reshape(-1, kept.shape[-1])
-            low = rows.mT @ tokens if ctx.right else (rows @ basis).mT @ tokens
-            low = low.to(ctx.update_dtype)
-        return gx, None, gbias, low, None, None, None, None, None
+            left, right = (rows, tokens.to(ctx.product)) if ctx.right else (matmul(rows, basis), tokens)
+            low = matmul(left.mT, right).to(ctx.update_dtype)
+        return gx, None, None, gbias, low, None, None, None, None, None, None
+
+
+def _dense(weight: Tensor, decode: Callable[[Tensor], Tensor] | None, dtype: torch.dtype) -> Tensor:
+    return (weight if decode is None else decode(weight)).to(dtype)
 
 
 class TapGradient(torch.autograd.Function):

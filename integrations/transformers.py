@@ -18,6 +18,7 @@ from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames, ParallelMode, TrainingArguments
 from transformers.utils.import_utils import is_galore_torch_available as _asks_for_galore_torch
 
+from hf_galore.frozen_weight import is_quantized
 from hf_galore.lowrank_backward import disable, enable
 from hf_galore.optim.adafactor import GaLoreAdafactor
 from hf_galore.optim.adamw import GaLoreAdamW
@@ -109,8 +110,9 @@ def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, 
     """
     optimizer_class, kwargs, low_rank = _read(ctx, LAYERWISE, {**_GROUP_KEYS, **_LAYERWISE_KEYS})
     target_modules = ctx.args.optim_target_modules
-    targets = find_targets(_model(ctx), target_modules)  # raises for names that match nothing
+    targets = find_targets(_model(ctx), target_modules, is_quantized)  # raises for names that match nothing
     warn_of_a_small_share(_model(ctx), targets, target_modules)
+    low_rank["gradient_accumulation_steps"] = ctx.args.gradient_accumulation_steps
     shared = {key: kwargs[key] for key in ("state_dtype", "stochastic_rounding", "seed") if key in kwargs}
     if low_rank.get("refresh") == "exact" and ctx.args.parallel_mode == ParallelMode.DISTRIBUTED:
         raise ValueError("optim_args: refresh='exact' takes the gradients of one process; use refresh=streaming")
@@ -229,6 +231,7 @@ _LAYERWISE_KEYS: dict[str, Callable[[str], Any]] = {
     "moments": str,
     "fold_every": int,
     "stagger": _boolean,
+    "share_inputs": _boolean,
 }
 _OPTIMIZER_KEYS: dict[str, Callable[[str], Any]] = {
     "state_dtype": _state_dtype,

@@ -178,10 +178,13 @@ def on_optimizer_path(case, dtype=torch.float64, make=adamw, proj_type="right", 
     return model, make(groups)
 
 
-def on_engine(case, dtype=torch.float32, make=adamw, weight_decay=0.1, seed=0, **options):
-    """(model, optimizer, engine) with the projected backward."""
+def on_engine(case, dtype=torch.float32, make=adamw, weight_decay=0.1, seed=0, micro_batches=1, **options):
+    """(model, optimizer, engine) with the projected backward, for steps of that many backward passes."""
     model = case.model(dtype, seed)
-    engine = enable(model, "all-linear", **{"rank": RANK, "update_proj_gap": GAP, **options})
+    options = {"rank": RANK, "update_proj_gap": GAP, "gradient_accumulation_steps": micro_batches, **options}
+    holds_all = options.get("refresh") == "exact" and micro_batches > 1 and not options.get("stagger")
+    with pytest.warns(UserWarning, match="holds the full gradients") if holds_all else nullcontext():
+        engine = enable(model, "all-linear", **options)
     optimizer = make(engine.param_groups(model, weight_decay=weight_decay))
     engine.attach(optimizer)
     return model, optimizer, engine
@@ -205,7 +208,7 @@ def layer_of(engine, module):
 
 
 def bases(engine):
-    return [layer.basis.clone() for layer in engine.layers.values()]
+    return [layer.basis.matrix.clone() for layer in engine.layers.values()]
 
 
 def full_gradients(case, model, steps, micro_batches=1):

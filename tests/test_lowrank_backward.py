@@ -53,7 +53,9 @@ class TestEqualsTheOptimizerPath:
         plain, optimizer = on_optimizer_path(case, proj_type=proj_type)
         start = weights(plain)
         train(case, plain, optimizer, range(STEPS), micro_batches=micro_batches)
-        mine, optimizer, _ = on_engine(case, torch.float64, proj_type=proj_type, refresh="exact")
+        mine, optimizer, _ = on_engine(
+            case, torch.float64, proj_type=proj_type, refresh="exact", micro_batches=micro_batches
+        )
         train(case, mine, optimizer, range(STEPS), micro_batches=micro_batches)
         assert relative(weights(mine), weights(plain)) <= EXACT
         assert relative(weights(plain), start) > 0.01  # there was something to agree on
@@ -72,7 +74,7 @@ class TestEqualsTheOptimizerPath:
         own_error = relative(runs[torch.float32], runs[torch.float64])
         if own_error > 1e-5:
             pytest.skip("the optimizer path's float32 run parts from its float64 run by the sign of a singular vector")
-        model, optimizer, _ = on_engine(case, torch.float32, proj_type=proj_type, refresh="exact")
+        model, optimizer, _ = on_engine(case, torch.float32, proj_type=proj_type, refresh="exact", micro_batches=2)
         train(case, model, optimizer, range(STEPS), micro_batches=2)
         assert relative(weights(model), runs[torch.float64]) <= K * own_error
 
@@ -81,7 +83,9 @@ class TestEqualsTheOptimizerPath:
         """5 does not divide the gap of 7: refreshes meet pending updates."""
         runs = []
         for every in (1, 5):
-            model, optimizer, _ = on_engine(case, torch.float64, proj_type=proj_type, refresh=how, fold_every=every)
+            model, optimizer, _ = on_engine(
+                case, torch.float64, proj_type=proj_type, refresh=how, fold_every=every, micro_batches=2
+            )
             train(case, model, optimizer, range(STEPS), micro_batches=2)
             runs.append(weights(model))
         assert relative(runs[1], runs[0]) <= EXACT
@@ -110,7 +114,9 @@ RULES = {
 def test_every_rule_equals_the_optimizer_path(make, reference, fold_every):
     plain, optimizer = on_optimizer_path(STACK, make=reference)
     train(STACK, plain, optimizer, range(STEPS), micro_batches=2)
-    mine, optimizer, _ = on_engine(STACK, torch.float64, make=make, refresh="exact", fold_every=fold_every)
+    mine, optimizer, _ = on_engine(
+        STACK, torch.float64, make=make, refresh="exact", fold_every=fold_every, micro_batches=2
+    )
     train(STACK, mine, optimizer, range(STEPS), micro_batches=2)
     assert relative(weights(mine), weights(plain)) <= EXACT
 
@@ -146,7 +152,7 @@ def test_bfloat16_weights_train(how, proj_type):
 def test_accumulation_equals_one_batch(how):
     runs = []
     for micro_batches in (1, 8):
-        model, optimizer, _ = on_engine(STACK, torch.float64, refresh=how)
+        model, optimizer, _ = on_engine(STACK, torch.float64, refresh=how, micro_batches=micro_batches)
         train(STACK, model, optimizer, range(15), micro_batches=micro_batches, rows=8)
         runs.append(weights(model))
     assert relative(runs[1], runs[0]) <= EXACT
@@ -160,7 +166,7 @@ def test_the_clipping_norm_is_that_of_the_projected_gradients(proj_type):
     squares = 0.0
     for name, grad in full.items():
         if name.endswith("weight"):
-            basis = layer_of(engine, model.get_submodule(name.removesuffix(".weight"))).basis
+            basis = layer_of(engine, model.get_submodule(name.removesuffix(".weight"))).basis.matrix
             grad = grad @ basis if proj_type == "right" else basis.mT @ grad
         squares += 0.0 if grad is None else grad.square().sum().item()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
@@ -239,7 +245,7 @@ def test_a_streaming_basis_is_the_sketchs_and_holds_from_the_next_step(proj_type
     for step in range(5):
         full = full_gradients(STACK, model, [step], micro_batches=2)
         old = {name: layer_of(engine, module) for name, module in model.named_children()}
-        old = {name: (layer.basis.clone(), layer.test_matrix.clone(), layer) for name, layer in old.items()}
+        old = {name: (layer.basis.matrix.clone(), layer.test_matrix.clone(), layer) for name, layer in old.items()}
         optimizer.zero_grad()
         backward(STACK, model, step, micro_batches=2)
         for name, (basis, _, layer) in old.items():
@@ -251,9 +257,9 @@ def test_a_streaming_basis_is_the_sketchs_and_holds_from_the_next_step(proj_type
             if step % 3 == 0:
                 grad = full[f"{name}.weight"]
                 sketch = grad.mT @ test if proj_type == "right" else grad @ test
-                assert aligned(layer.basis, torch.linalg.svd(sketch, full_matrices=False)[0]) > 1 - 1e-9
+                assert aligned(layer.basis.matrix, torch.linalg.svd(sketch, full_matrices=False)[0]) > 1 - 1e-9
             else:
-                assert torch.equal(layer.basis, basis)
+                assert torch.equal(layer.basis.matrix, basis)
             if step == 2:  # the next step refreshes: U spans the columns (rows, on the left) of the first moment
                 moment = optimizer.state[layer.update]["exp_avg"]
                 u = torch.linalg.svd(moment if proj_type == "right" else moment.mT, full_matrices=False)[0]
@@ -270,7 +276,7 @@ def test_a_streaming_basis_captures_a_low_rank_gradient(proj_type):
     regression(plain, x).backward()
     optimizer.step()
     for name, module in model.named_children():
-        grad, basis = plain.get_submodule(name).weight.grad, layer_of(engine, module).basis
+        grad, basis = plain.get_submodule(name).weight.grad, layer_of(engine, module).basis.matrix
         captured = grad @ basis if proj_type == "right" else basis.mT @ grad
         assert (captured.norm() / grad.norm()).item() == pytest.approx(1.0, abs=1e-10)
         gram = basis.mT @ basis
@@ -303,7 +309,7 @@ def test_a_refresh_moves_the_moments_as_ldadam_does(proj_type):
         before, after = kept[1].state[twin.update], rotated[1].state[layer.update]
         flip = (lambda t: t.mT) if proj_type == "right" else (lambda t: t)
         byhand = ldadam_rotate(
-            flip(before["exp_avg"]), flip(before["exp_avg_sq"]), layer.basis, q_old, 1, (0.9, 0.999)
+            flip(before["exp_avg"]), flip(before["exp_avg_sq"]), layer.basis.matrix, q_old, 1, (0.9, 0.999)
         )
         for name, value in zip(("exp_avg", "exp_avg_sq"), byhand, strict=True):
             torch.testing.assert_close(flip(after[name]), value, rtol=1e-9, atol=1e-15)
@@ -395,14 +401,14 @@ def test_a_layer_without_a_gradient_is_left_alone():
     used = (0, 1, 2)
     train(case, model, optimizer, range(2, 4))
     used = (0,)
-    before, basis = weights(model), idle.basis.clone()
+    before, basis = weights(model), idle.basis.matrix.clone()
     train(case, model, optimizer, range(4, 9))
     after = weights(model)
     for name in ("experts.1.weight", "experts.2.weight"):
         assert torch.equal(after[name], before[name])
     assert not torch.equal(after["experts.0.weight"], before["experts.0.weight"])
-    assert torch.equal(idle.basis, basis)
-    assert idle.steps == optimizer.state[idle.update]["step"] == 2
+    assert torch.equal(idle.basis.matrix, basis)
+    assert idle.basis.steps == optimizer.state[idle.update]["step"] == 2
 
 
 @each_refresh
@@ -412,7 +418,8 @@ def test_idle_layers_as_on_the_optimizer_path(how):
     case = Case(Experts, lambda model, x: regression(lambda rows: model(rows, turn), x))
     runs = []
     for fold_every in (1, 4):
-        model, optimizer, _ = on_engine(case, torch.float64, refresh=how, fold_every=fold_every, update_proj_gap=3)
+        options = {"fold_every": fold_every, "update_proj_gap": 3, "micro_batches": 2}
+        model, optimizer, _ = on_engine(case, torch.float64, refresh=how, **options)
         for step in range(20):
             turn = turns[step % 5]
             train(case, model, optimizer, [step], micro_batches=2)

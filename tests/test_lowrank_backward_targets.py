@@ -220,8 +220,9 @@ class TestParamGroups:
 
 
 def test_a_rank_above_the_matrix_is_clamped():
-    model, optimizer, engine = on_engine(STACK, rank=1000)
-    assert {layer.basis.shape[-1] for layer in engine.layers.values()} == {12}
+    with pytest.warns(UserWarning, match="rank=1000 is larger than a matrix"):
+        model, optimizer, engine = on_engine(STACK, rank=1000)
+    assert {layer.basis.matrix.shape[-1] for layer in engine.layers.values()} == {12}
     start = weights(model)
     train(STACK, model, optimizer, range(3))
     assert relative(weights(model), start) > 1e-4

@@ -90,10 +90,16 @@ class GaLoreAdafactor(LowRankOptimizer):
             shapes = {"exp_avg_sq": shape}
         return shapes if group["beta1"] is None else {"exp_avg": shape, **shapes}
 
-    def update(
-        self, grad: Tensor, moments: Mapping[str, Tensor], group: Group, step: int, param: Tensor
-    ) -> tuple[Tensor, float]:
-        lr = learning_rate(group, step, param)
+    def rate(self, group: Group, step: int, param: Tensor) -> float:
+        if group["relative_step"]:
+            lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
+        else:
+            lr = float(group["lr"])
+        return lr * max(group["eps"][1], float(_rms(param))) if group["scale_parameter"] else lr
+
+    def update_(
+        self, target: Tensor, grad: Tensor, moments: Mapping[str, Tensor], group: Group, step: int, lr: float
+    ) -> None:
         beta2 = 1.0 - math.pow(step, group["decay_rate"])
         square = grad.square().add_(group["eps"][0])
         if "exp_avg_sq" in moments:
@@ -106,20 +112,11 @@ class GaLoreAdafactor(LowRankOptimizer):
         per_matrix = (-2, -1) if group.get("rank") is not None else None
         delta.div_((_rms(delta, per_matrix) / group["clip_threshold"]).clamp_(min=1.0)).mul_(lr)
         if "exp_avg" in moments:
-            delta = moments["exp_avg"].lerp_(delta, 1.0 - group["beta1"]).clone()
-        return delta, lr
+            delta = moments["exp_avg"].lerp_(delta, 1.0 - group["beta1"])
+        target.sub_(delta)
 
 
 def _rms(values: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
     """Root mean square over all elements, or over `dim` with the dimensions kept."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     return values.to(dtype).square().mean(dim=dim, keepdim=dim is not None).sqrt_()
-
-
-def learning_rate(group: Group, step: int, param: Tensor) -> float:
-    """The learning rate of this step: the group's or the relative one, times the parameter's size if asked for."""
-    if group["relative_step"]:
-        lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
-    else:
-        lr = float(group["lr"])
-    return lr * max(group["eps"][1], float(_rms(param))) if group["scale_parameter"] else lr

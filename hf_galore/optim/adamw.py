@@ -70,18 +70,26 @@ class GaLoreAdamW(LowRankOptimizer):
     def moment_shapes(self, shape: torch.Size, group: Group) -> dict[str, torch.Size]:
         return {"exp_avg": shape, "exp_avg_sq": shape}
 
-    def update(
-        self, grad: Tensor, moments: Mapping[str, Tensor], group: Group, step: int, param: Tensor
-    ) -> tuple[Tensor, float]:
+    def update_(
+        self, target: Tensor, grad: Tensor, moments: Mapping[str, Tensor], group: Group, step: int, lr: float
+    ) -> None:
         beta1, beta2 = group["betas"]
-        exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        lr = step_size = float(group["lr"])
-        if group["correct_bias"]:
-            step_size *= math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        denominator = exp_avg_sq.sqrt().add_(group["eps"])
-        return torch.div(exp_avg, denominator, out=denominator).mul_(step_size), lr
+        done = float(step) if group["correct_bias"] else math.inf  # the corrections 1 - beta^step are 1 at infinity
+        torch._fused_adamw_(
+            [target],
+            [grad],
+            [moments["exp_avg"]],
+            [moments["exp_avg_sq"]],
+            [],
+            [torch.tensor(done, dtype=torch.float32, device=grad.device)],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=group["eps"] / math.sqrt(1.0 - beta2**done),  # torch adds it after the bias correction
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def check_adam(group: Group) -> None:

@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from hf_galore.ops import add_, add_lowrank_, product_dtype
+from hf_galore.ops import add_, add_lowrank_, product_dtype, scale_
 from hf_galore.optim.moments import Float, MomentFormat
 from hf_galore.rounding import RoundingKey, mix64
 from hf_galore.subspace import PROJ_TYPES, SUBSPACES, Side, refresh, resolve_side
@@ -56,12 +56,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Names and shapes of the moments the rule keeps for a gradient of this shape."""
         raise NotImplementedError
 
-    def update(
-        self, grad: Tensor, moments: Mapping[str, Tensor], group: Group, step: int, param: Tensor
-    ) -> tuple[Tensor, float]:
-        """The amount to subtract, in the gradient's coordinates and with the learning rate in it, and that rate.
+    def rate(self, group: Group, step: int, param: Tensor) -> float:
+        """The learning rate of a step, which is also that of the weight decay; `step` counts from 1."""
+        return float(group["lr"])
 
-        `moments` are changed in place; `step` counts from 1.
+    def update_(
+        self, target: Tensor, grad: Tensor, moments: Mapping[str, Tensor], group: Group, step: int, lr: float
+    ) -> None:
+        """target ← target − lr·N, in place, and the moments with it; everything in the gradient's coordinates.
+
+        All tensors are contiguous and in working precision; `lr` is what `rate` gave.
         """
         raise NotImplementedError
 
@@ -160,7 +164,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if done % group["update_proj_gap"] == 0 or "basis" not in state:
                 state["basis"] = self._refresh(param, side, group, key).to(group["state_dtype"] or work)
             grad = side.project(grad, state["basis"].to(product_dtype(grad.dtype, grad.device)))
-        grad = grad.to(work)
+        grad = grad.to(work).contiguous()
 
         formats = self._formats(grad.shape, group, work)
         if "step" not in state:
@@ -170,16 +174,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         rounding = key if group["stochastic_rounding"] else None
         moments = {name: kept.read(state, name) for name, (_, kept) in formats.items()}
-        delta, lr = self.update(grad, moments, group, done + 1, param)
+        lr = self.rate(group, done + 1, param)
+        beta = 1.0 - lr * group["weight_decay"]
+        in_place = side is None and param.dtype == work and param.is_contiguous()
+        target = scale_(param, beta) if in_place else torch.zeros_like(grad)
+        self.update_(target, grad, moments, group, done + 1, lr)
         for index, (name, (_, kept)) in enumerate(formats.items(), start=1):
             kept.write(state, name, moments[name], rounding and rounding._replace(parameter=mix64(number, index)))
 
-        beta = 1.0 - lr * group["weight_decay"]
-        if side is None:
-            add_(param, delta, alpha=-1.0, beta=beta, key=rounding)
-        else:
-            left, right = side.factors(delta, state["basis"].to(work))
-            add_lowrank_(param, left, right, alpha=-group["scale"], beta=beta, key=rounding)
+        if side is not None:
+            left, right = side.factors(target, state["basis"].to(work))
+            add_lowrank_(param, left, right, alpha=group["scale"], beta=beta, key=rounding)
+        elif not in_place:
+            add_(param, target, alpha=1.0, beta=beta, key=rounding)
 
     def _formats(
         self, shape: torch.Size, group: Group, work: torch.dtype

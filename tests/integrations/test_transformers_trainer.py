@@ -120,7 +120,9 @@ def gradients_are_clipped(run):
     if trained.args.optim in LAYERWISE:
         with lowrank_backward(model, rank=RANK, seed=trained.args.seed) as engine:  # the bases of the first step
             names = {module: f"{name}.weight" for name, module in model.named_modules()}
-            grads |= {(n := names[layer.module]): grads[n] @ layer.basis.double() for layer in engine.layers.values()}
+            grads |= {
+                (n := names[layer.module]): grads[n] @ layer.basis.matrix.double() for layer in engine.layers.values()
+            }
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
 
     trainer = run.train(llama(), max_steps=1, max_grad_norm=norm / 10)
@@ -227,7 +229,7 @@ class Poison(transformers.TrainerCallback):
         if state.global_step == 2:
             layer = layers_of(self.trainer).get(self.name)
             grad = layer.update.grad if layer else self.trainer.model.get_parameter(self.name).grad
-            for source in (grad, layer.sketch) if layer else (grad,):
+            for source in (grad, layer.basis.sketch) if layer else (grad,):
                 source.fill_(math.nan)
 
 
@@ -567,7 +569,7 @@ def staggered_layers_refresh_one_after_another(run):
 
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            seen.append({name: layer.basis.clone() for name, layer in layers_of(trainer).items()})
+            seen.append({name: layer.basis.matrix.clone() for name, layer in layers_of(trainer).items()})
 
     trainer = run.trainer(
         llama(), max_steps=steps, optim_args=", update_proj_gap=14, stagger=true", trainer={"callbacks": [Watch()]}

@@ -1,0 +1,81 @@
+"""The weight that a projected layer keeps frozen: a plain tensor, stored as it is or transposed, or a quantized one.
+
+A quantized layer's class becomes trainable here by an entry in `QUANTIZED`; `hf_galore.register()` makes those of
+bitsandbytes.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_galore.ops import add_lowrank_
+from hf_galore.param_groups import is_conv1d
+from hf_galore.rounding import RoundingKey
+
+
+class FrozenWeight(Protocol):
+    """W (m, n) of one module, however the module stores it."""
+
+    @property
+    def stored(self) -> Tensor:
+        """What the backward pass needs to get W: W itself if `decode` is None, else its codes."""
+
+    @property
+    def decode(self) -> Callable[[Tensor], Tensor] | None:
+        """W (m, n) from its codes; None where `stored` is W."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of W; for a quantized weight that of W before it was quantized."""
+
+    def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
+        """W ← beta·W + alpha·left (m, k) @ right (k, n), in place; rounded stochastically if there is a key."""
+
+
+class PlainWeight:
+    """A floating-point weight, (m, n), or (n, m) where the module stores it transposed (Conv1D)."""
+
+    decode = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.transposed = module, is_conv1d(module)
+
+    @property
+    def stored(self) -> Tensor:
+        weight = self.module.get_parameter("weight").detach()
+        return weight.mT if self.transposed else weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.stored.shape
+        return m, n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
+        weight = self.module.get_parameter("weight").detach()
+        if self.transposed:  # rows and columns as stored: a row is what is contiguous, and what the bits go by
+            left, right = right.mT, left.mT
+        add_lowrank_(weight, left, right, alpha=alpha, beta=beta, key=key)
+
+
+# Quantized module classes → what makes a FrozenWeight of a module.
+QUANTIZED: dict[type[nn.Module], Callable[[nn.Module], FrozenWeight]] = {}
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the module is a quantized layer that we can train."""
+    return type(module) in QUANTIZED
+
+
+def frozen_weight(module: nn.Module) -> FrozenWeight:
+    """The weight of a linear layer."""
+    return QUANTIZED[type(module)](module) if is_quantized(module) else PlainWeight(module)

@@ -1,0 +1,63 @@
+"""Which modules the projected backward swaps, and which of them share a basis."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from hf_galore.frozen_weight import frozen_weight, is_quantized
+from hf_galore.param_groups import is_conv1d
+
+
+def swappable(model: nn.Module, targets: set[str]) -> list[nn.Module]:
+    """The modules whose weights are among the targets (names) and whose forward is x Wᵀ + bias and nothing else.
+
+    Left out are output heads, because some losses read their weight and never call them, and weights that a module of
+    another kind uses too.
+    """
+    wanted = {id(param) for name, param in model.named_parameters() if name in targets}
+    plain = list(_plain_modules(model))
+    known = {id(module) for module in plain}
+    elsewhere = {id(p) for other in model.modules() if id(other) not in known for p in other.parameters(recurse=False)}
+    return [module for module in plain if id(module.weight) in wanted - elsewhere]
+
+
+def _plain_modules(model: nn.Module) -> Iterator[nn.Module]:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    heads = set(head.modules()) if head is not None else set()
+    for module in model.modules():
+        plain = _plain_forward(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        if plain and "forward" not in vars(module) and module not in heads:
+            yield module
+
+
+def _plain_forward(module: nn.Module) -> bool:
+    if is_conv1d(module):
+        base = next(cls for cls in reversed(type(module).__mro__) if cls.__name__ == "Conv1D")
+        return type(module).forward is vars(base)["forward"]
+    return type(module).forward is nn.Linear.forward or is_quantized(module)
+
+
+def sharing_inputs(
+    model: nn.Module, modules: Sequence[nn.Module], siblings: Sequence[Sequence[str]]
+) -> list[list[nn.Module]]:
+    """The modules in groups that share a basis: children of one parent, named in one entry of `siblings`.
+
+    The groups are in the order of their first modules; a module without siblings is alone in its group.
+    """
+    chosen = set(modules)
+    group_of: dict[nn.Module, list[nn.Module]] = {}
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        for names in siblings:
+            group = [children[name] for name in names if children.get(name) in chosen]
+            alike = {(frozen_weight(one).shape[1], frozen_weight(one).dtype) for one in group}
+            if len(group) > 1 and len(alike) == 1:
+                group_of.update(dict.fromkeys(group, group))
+    groups, seen = [], set()
+    for module in modules:
+        if module not in seen:
+            groups.append(group_of.get(module, [module]))
+            seen.update(groups[-1])
+    return groups
