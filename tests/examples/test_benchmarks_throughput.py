@@ -1,0 +1,55 @@
+"""examples/benchmarks/layerwise_throughput.py on a tiny model: every method trains, and the file has its figures."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for package in ("transformers", "peft", "galore_torch"):
+    pytest.importorskip(package)
+BENCHMARKS = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
+TWICE = """
+import layerwise_throughput as script
+script.SHAPES["tiny"] = (32, 64, 2, 1)
+script.BATCH, script.LENGTH = 1, 8
+script.main()
+print("once more")
+script.main()
+"""
+OPTIONS = ["--rows", "tiny/8/bfloat16", "--rounds", "1", "--threads", "1"]
+METHODS = ["adamw_torch_fused", "LoRA", "galore-torch", "galore_adamw", "galore_adamw_layerwise"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The lines of the file, and what the script printed the first and the second time."""
+    out = tmp_path_factory.mktemp("throughput") / "rows.csv"
+    path = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", TWICE, *OPTIONS, "--out", str(out)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with out.open(newline="") as file:
+        return list(csv.DictReader(file)), *result.stdout.split("once more\n")
+
+
+def test_writes_a_line_for_each_method(finished):
+    lines, _, _ = finished
+    assert [line["method"] for line in lines][: len(METHODS)] == METHODS
+    assert {(line["shape"], line["rank"], line["dtype"]) for line in lines} == {("tiny", "8", "bfloat16")}
+    for line in lines:
+        for column in ("t_plain_ms", "forward_ms", "backward_ms", "step_ms", "tokens_per_second"):
+            assert float(line[column]) > 0
+        for column in ("ratio_adamw", "ratio_lora", "ratio_galore_torch"):
+            assert 0 < float(line[f"{column}_min"]) <= float(line[column]) <= float(line[f"{column}_max"])
+        assert bool(line["ideal_ratio"]) == ("layerwise" in line["method"])
+
+
+def test_measures_no_row_twice(finished):
+    _, first, second = finished
+    assert "round 0" in first
+    assert first.endswith(second)  # the table
+    assert all(f"| tiny | 8 | bfloat16 | {method} |" in second for method in METHODS)
