@@ -28,7 +28,8 @@ class Meter(TrainerCallback):
         while hasattr(optimizer, "optimizer"):  # accelerate and DeepSpeed wrap it
             optimizer = optimizer.optimizer
         self.state_bytes = state_bytes(optimizer)
-        self.refresh_seconds = getattr(optimizer, "refresh_seconds", 0.0)
+        holder = getattr(optimizer, "lowrank_backward", optimizer)  # the _layerwise names refresh there
+        self.refresh_seconds = getattr(holder, "refresh_seconds", 0.0)
 
 
 class LossBar(ProgressCallback):
@@ -40,9 +41,10 @@ class LossBar(ProgressCallback):
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state."""
+    """Bytes of all tensors in the optimizer's state; what several parameters share counts once."""
     tensors = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def peak_bytes() -> int:

@@ -57,6 +57,7 @@ class LayerBasis:
 
     def forget(self) -> None:
         """Drops what a step in progress has gathered."""
+        self._shared = None
         self.sketch = self.candidate = None
         for layer in self.layers:
             layer.full = None
@@ -91,7 +92,7 @@ class LayerBasis:
             self.forget()  # gradients that were thrown away, or a pass that failed, left something
         self._pass = this_pass
         if self.settings.refresh == "exact":
-            if self.candidate is not None and self.settings.gradient_accumulation_steps == 1:
+            if self.candidate is not None and layer.full is None:
                 raise RuntimeError(
                     "refresh='exact' has used and freed the full gradients of this step, and a second backward pass "
                     "adds to them: pass gradient_accumulation_steps, or refresh='streaming'"
@@ -112,8 +113,8 @@ class LayerBasis:
         self.candidate = self._new_basis(layer.full.mT if layer.transposed else layer.full, stored_side)
         assert layer.update.grad is not None
         layer.update.grad.copy_(layer.side.project(layer.full, self.candidate.to(layer.full.dtype)))
-        if self.settings.gradient_accumulation_steps == 1:
-            layer.full = None
+        if self.settings.gradient_accumulation_steps == 1 and layer.uses <= 1:
+            layer.full = None  # a shared layer under reentrant checkpointing adds to it in several passes
 
     def finish_sketch(self) -> None:
         """The basis for the next step from Z, summed over the ranks of a process group: its left singular vectors."""

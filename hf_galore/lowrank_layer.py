@@ -97,6 +97,7 @@ class LowRankLayer:
         self.work = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         self.decay, self.pending = 1.0, False
         self.full: Tensor | None = None  # G, in an exact refresh
+        self.uses = 0  # forward passes through it in the step of a refresh
         shape = (m, self.rank) if self.right else (self.rank, n)
         stored = self.weight.stored
         self.update = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=stored.device))
@@ -119,6 +120,8 @@ class LowRankLayer:
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """What stands in for the module's forward."""
+        if self.basis.tapping and module.training and not torch.compiler.is_compiling():
+            self.uses += torch._C._current_graph_task_id() == -1  # what a backward pass computes again is no new use
         given = x
         bias: Any = module.bias
         device = x.device.type

@@ -76,13 +76,14 @@ class OptimizerSteps:
         for basis, stepped in self._stepping().items():
             basis.steps += 1
             for layer in stepped:
-                layer.pending, layer.full = True, None
+                layer.pending, layer.uses = True, 0
                 group = groups[layer.update]
                 if group.get("weight_decay"):
                     layer.decay *= 1.0 - self._rate(layer, group) * group["weight_decay"]
             basis.finish_sketch()
             if basis.candidate is not None:
                 self._adopt(basis)
+            basis.forget()
             if basis.steps % self.engine.settings.fold_every == 0:
                 for layer in basis.layers:
                     layer.fold()

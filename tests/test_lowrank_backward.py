@@ -33,6 +33,8 @@ from lowrank_cases import (
 )
 from torch import nn
 
+from hf_galore import GaLoreAdafactor
+from hf_galore.lowrank_backward import enable
 from hf_galore.subspace import Left, Right, rotate
 from references import ldadam_rotate
 
@@ -431,3 +433,51 @@ def test_idle_layers_as_on_the_optimizer_path(how):
             turn = turns[step % 5]
             train(case, model, optimizer, [step], micro_batches=2)
         assert relative(runs[0], weights(model)) <= EXACT
+
+
+# What an exact refresh holds.
+
+
+def test_a_second_backward_pass_in_an_exact_refresh_is_refused():
+    """Its full gradients are gone by then; the error comes in the first step, before anything is lost."""
+    model, _, _ = on_engine(STACK, refresh="exact")
+    backward(STACK, model, 0)
+    with pytest.raises(RuntimeError, match="pass gradient_accumulation_steps, or refresh='streaming'"):
+        backward(STACK, model, 1)
+
+
+def test_gradients_that_are_thrown_away_are_no_second_pass():
+    runs = []
+    for wasted in (False, True):
+        model, optimizer, _ = on_engine(STACK, refresh="exact")
+        if wasted:
+            backward(STACK, model, 99)
+            model.zero_grad()
+        train(STACK, model, optimizer, range(4))
+        runs.append(weights(model))
+    assert relative(runs[1], runs[0]) == 0.0
+
+
+def test_accumulated_full_gradients_are_warned_of_with_their_bytes():
+    """Stack in float64: 12·20 + 12·12 + 20·12 elements of 8 bytes are less than a MiB."""
+    with pytest.warns(UserWarning, match=r"holds the full gradients of all layers, 0 MiB.*stagger=True"):
+        enable(STACK.model(torch.float64), rank=RANK, refresh="exact", gradient_accumulation_steps=2)
+    enable(STACK.model(), rank=RANK, refresh="exact", gradient_accumulation_steps=2, stagger=True)
+
+
+def test_a_rule_that_measures_its_parameter_is_refused():
+    model = STACK.model()
+    engine = enable(model, rank=RANK)
+    optimizer = GaLoreAdafactor(engine.param_groups(model), lr=1e-2, relative_step=False, scale_parameter=True)
+    with pytest.raises(ValueError, match="scale_parameter=True"):
+        engine.attach(optimizer)
+
+
+def test_seconds_in_refreshes_are_counted():
+    model, optimizer, engine = on_engine(STACK)
+    assert engine.refresh_seconds == 0.0
+    train(STACK, model, optimizer, range(1))
+    once = engine.refresh_seconds
+    assert once > 0.0
+    train(STACK, model, optimizer, range(1, 3))
+    assert engine.refresh_seconds == once  # step 7 is the next

@@ -96,6 +96,7 @@ LAYERWISE = {"optim": "galore_adamw_layerwise"}
 
 
 @pytest.mark.usefixtures("ours")
+@pytest.mark.filterwarnings("ignore:.*holds the full gradients of all layers")
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("accumulation", [{}, ACCUMULATED], ids=["", "accumulation"])
 def test_projected_backward_equals_the_optimizer(tmp_path, accumulation, tied):

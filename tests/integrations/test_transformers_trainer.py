@@ -633,6 +633,7 @@ class Exact(Run):
 
 
 @OLD_NAMES
+@pytest.mark.filterwarnings("ignore:.*holds the full gradients of all layers")
 @pytest.mark.parametrize("check", EXACT, ids=lambda check: check.__name__)
 def test_keeps_the_promise_with_exact_refreshes(check, ours, tmp_path):
     check(Exact(LAYERWISE[0], tmp_path))
