@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_galore.lowrank_layer import LowRankLayer, Settings
+from hf_galore.lowrank_layer import LowRankLayer, Settings, several_ranks
 from hf_galore.ops import matmul
 from hf_galore.rounding import mix64
 from hf_galore.subspace import SUBSPACES, Left, Right, Side, refresh, svd
@@ -45,9 +45,9 @@ class LayerBasis:
         self._shared: tuple[Tensor, int, Tensor, int] | None = None  # x, its version, x Q, layers that may still ask
         m, n = first.weight.shape
         self.matrix = self._random(n if self.right else m)
-        heights = [layer.weight.shape[0 if self.right else 1] for layer in layers]
-        for layer, test in zip(layers, self._random(sum(heights)).split(heights), strict=True):
-            layer.basis, layer.test_matrix = self, test
+        for layer in layers:
+            layer.basis = self
+        self.aim_anywhere()
 
     def due(self) -> bool:
         """Whether the step after `steps` steps is a refresh."""
@@ -100,6 +100,7 @@ class LayerBasis:
             grad = (gy.mT @ x).to(layer.update.dtype)
             layer.full = grad if layer.full is None else layer.full.add_(grad)
         else:
+            assert layer.test_matrix is not None
             test = layer.test_matrix.to(x.device)
             part = matmul(x.mT, matmul(gy, test)) if self.right else matmul(gy.mT, matmul(x, test))
             self.sketch = part if self.sketch is None else self.sketch.add_(part)
@@ -118,7 +119,7 @@ class LayerBasis:
 
     def finish_sketch(self) -> None:
         """The basis for the next step from Z, summed over the ranks of a process group: its left singular vectors."""
-        if self.tapping and self.settings.refresh == "streaming" and _several_ranks():
+        if self.tapping and self.settings.refresh == "streaming" and several_ranks():
             if self.sketch is None:  # a layer without tokens on this rank
                 self.sketch = torch.zeros_like(self.matrix, dtype=self.work)
             dist.all_reduce(self.sketch)
@@ -133,7 +134,17 @@ class LayerBasis:
         started = time.perf_counter()
         test = refresh(torch.cat(tall), self.rank, Left(), svd, None, self._seed(1))[0]
         self.seconds += time.perf_counter() - started
-        for layer, part in zip(self.layers, test.split([len(moment) for moment in tall]), strict=True):
+        self._hand_out(test)
+
+    def aim_anywhere(self) -> None:
+        """Takes random U's: for the first refresh of all."""
+        self._hand_out(self._random(sum(self._heights())))
+
+    def _heights(self) -> list[int]:
+        return [layer.weight.shape[0 if self.right else 1] for layer in self.layers]
+
+    def _hand_out(self, test: Tensor) -> None:
+        for layer, part in zip(self.layers, test.split(self._heights()), strict=True):
             layer.test_matrix = part
 
     def _new_basis(self, matrix: Tensor, side: Side) -> Tensor:
@@ -164,7 +175,3 @@ def _product(x: Tensor, basis: Tensor) -> Tensor:
 
 def _has_gradient(update: Tensor) -> bool:
     return update.grad is not None and bool(update.grad.any())
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_galore.frozen_weight import FrozenWeight
@@ -101,8 +102,9 @@ class LowRankLayer:
         shape = (m, self.rank) if self.right else (self.rank, n)
         stored = self.weight.stored
         self.update = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=stored.device))
+        self.rest()
         self.basis: LayerBasis  # it sets both of these
-        self.test_matrix: Tensor  # U, in a streaming refresh: its rows of the basis's orthonormal test matrix
+        self.test_matrix: Tensor | None  # U, its rows of the basis's orthonormal test matrix; None if no sketch is due
         self._listen()
 
     def _listen(self) -> None:
@@ -161,5 +163,25 @@ class LowRankLayer:
     def drop(self, *_: Any) -> None:
         """Forgets what is pending: B ← 0. Also as a hook, where another W is about to be loaded."""
         with torch.no_grad():
-            self.update.zero_()
+            self.wake().zero_()
         self.decay, self.pending = 1.0, False
+        self.rest()
+
+    def rest(self) -> None:
+        """Gives up the storage of B, which is zero from one step to the next: one element stands for all.
+
+        Not where B is pending between folds, nor among several ranks, whose engines write to every parameter.
+        """
+        if self.settings.fold_every == 1 and not several_ranks():
+            self.update.data = self.update.new_zeros(()).expand(self.update.shape)
+
+    def wake(self) -> nn.Parameter:
+        """B with storage of its own, for a step to write to."""
+        if not self.update.is_contiguous():
+            self.update.data = torch.zeros_like(self.update, memory_format=torch.contiguous_format)
+        return self.update
+
+
+def several_ranks() -> bool:
+    """Whether this process trains together with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

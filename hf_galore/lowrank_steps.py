@@ -67,9 +67,11 @@ class OptimizerSteps:
         if self._first:
             self._first = False
             self._warn_of_idle_modules()
-        for basis in self._stepping():
+        for basis, stepping in self._stepping().items():
             if basis.candidate is not None:
                 self._adopt(basis)
+            for layer in stepping:
+                layer.wake()
 
     def _after_step(self) -> None:
         groups = self._groups()
@@ -89,6 +91,8 @@ class OptimizerSteps:
                     layer.fold()
             basis.tapping = basis.due()
             aims = basis.tapping and self.engine.settings.refresh == "streaming"
+            for layer in basis.layers:
+                layer.test_matrix = None
             if aims:
                 basis.aim([self._first_moment(layer, groups[layer.update]) for layer in basis.layers])
             for layer in stepped:
@@ -180,3 +184,5 @@ class OptimizerSteps:
                     basis.matrix, basis.steps = state["basis"], int(state["basis_steps"])
                     layer.test_matrix = state.get("test_matrix", layer.test_matrix)
                     basis.tapping = basis.due()
+            if basis.tapping and any(layer.test_matrix is None for layer in basis.layers):
+                basis.aim_anywhere()  # the state is that of a run with refresh='exact'

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_galore.rounding import RoundingKey, random_bits, round_stochastic
 
-_BLOCK_ELEMENTS = 1 << 18  # a few float32 temporaries of this size stay in a CPU's second-level cache
+BLOCK_ELEMENTS = 1 << 18  # a few float32 temporaries of this size stay in a CPU's second-level cache
 
 
 def _cpu_multiplies_bfloat16() -> bool:
@@ -47,10 +47,10 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.dim() > 2:
         return torch.stack([matmul(x, y) for x, y in zip(a, b, strict=True)])
     if a.dtype.itemsize < b.dtype.itemsize:
-        step = max(1, _BLOCK_ELEMENTS // a.shape[1])
+        step = max(1, BLOCK_ELEMENTS // a.shape[1])
         return torch.cat([block.to(b.dtype) @ b for block in a.split(step)])
     result = a.new_zeros(a.shape[0], b.shape[1])
-    step = max(1, _BLOCK_ELEMENTS // b.shape[1])
+    step = max(1, BLOCK_ELEMENTS // b.shape[1])
     for columns, block in zip(a.split(step, dim=1), b.split(step), strict=True):
         result.addmm_(columns, block.to(a.dtype))
     return result
@@ -82,21 +82,30 @@ def add_lowrank_(
             _round_rows_(one, new_rows, key, first_row=index * one.shape[0])
 
 
-def add_(weight: Tensor, delta: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
-    """weight ← beta·weight + alpha·delta, element by element, in place; any shape."""
+def add_(
+    weight: Tensor, delta: Tensor, *, alpha: float, beta: float, key: RoundingKey | None, first_row: int = 0
+) -> None:
+    """weight ← beta·weight + alpha·delta, element by element, in place; any shape.
+
+    `first_row` is the number of the weight's first row within its parameter.
+    """
     if weight.dtype in (torch.float32, torch.float64):
         scale_(weight, beta).add_(delta, alpha=alpha)
         return
     with _viewed(weight, -1, _width(weight)) as matrix:
         deltas = delta.reshape(matrix.shape)
-        _round_rows_(matrix, lambda rows: scale_(matrix[rows].float(), beta).add_(deltas[rows], alpha=alpha), key)
+
+        def new_rows(rows: slice) -> Tensor:
+            return scale_(matrix[rows].float(), beta).add_(deltas[rows], alpha=alpha)
+
+        _round_rows_(matrix, new_rows, key, first_row)
 
 
-def round_into_(target: Tensor, values: Tensor, key: RoundingKey | None) -> None:
-    """target ← values in the target's dtype, in place, rounded as a weight is."""
+def round_into_(target: Tensor, values: Tensor, key: RoundingKey | None, first_row: int = 0) -> None:
+    """target ← values in the target's dtype, in place, rounded as a weight is; `first_row` as in `add_`."""
     with _viewed(target, -1, _width(target)) as matrix:
         source = values.reshape(matrix.shape)
-        _round_rows_(matrix, lambda rows: source[rows].float(), key)
+        _round_rows_(matrix, lambda rows: source[rows].float(), key, first_row)
 
 
 def scale_(tensor: Tensor, factor: float) -> Tensor:
@@ -126,7 +135,7 @@ def _round_rows_(
     `first_row` is the number of the target's first row within its parameter.
     """
     height, width = target.shape
-    step = max(1, _BLOCK_ELEMENTS // width)
+    step = max(1, BLOCK_ELEMENTS // width)
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         block = new_rows(rows)

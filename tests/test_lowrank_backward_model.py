@@ -262,3 +262,25 @@ def test_two_models_side_by_side():
     for (model, _, _), expected in zip(both, alone, strict=True):
         assert_same(weights(model), expected)
     assert not both[1][0].wide.weight.requires_grad
+
+
+def test_between_steps_the_small_parameters_hold_no_memory():
+    """B is zero from one step to the next, so one element stands for it; to torch it looks as ever."""
+    model, optimizer, engine = on_engine(STACK)
+
+    def check():
+        for layer in engine.layers.values():
+            assert layer.update.untyped_storage().nbytes() == layer.update.element_size()
+            assert layer.update.shape == layer.side.project(layer.weight.stored, layer.basis.matrix).shape
+            assert not layer.update.any()
+            assert layer.update.requires_grad
+            assert layer.update.is_leaf
+
+    check()
+    train(STACK, model, optimizer, range(3))
+    check()
+    assert sum(param.numel() for param in copy.deepcopy(model).parameters() if param.requires_grad) > 0
+    model.state_dict()
+    check()
+    _, optimizer, engine = on_engine(STACK, fold_every=2)
+    assert all(layer.update.is_contiguous() for layer in engine.layers.values())  # pending between folds

@@ -10,16 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_galore.ops import _BLOCK_ELEMENTS, add_, add_lowrank_, matmul, product_dtype, round_into_
+from hf_galore.ops import BLOCK_ELEMENTS, add_, add_lowrank_, matmul, product_dtype, round_into_
 from hf_galore.rounding import RoundingKey
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KEY = RoundingKey(1, 2, 3)
 
 # Shapes of weights: small ones, odd ones, and ones with more rows than a block holds.
-MATRICES = [(1, 1), (7, 1), (5, 8), (_BLOCK_ELEMENTS // 500 + 3, 500), (2, _BLOCK_ELEMENTS + 5)]
-BATCHES = [(3, 5, 8), (2, 3, 4, 6), (2, _BLOCK_ELEMENTS // 500 + 3, 500)]
-OTHERS = [(), (1,), (13,), (_BLOCK_ELEMENTS + 5,)]
+MATRICES = [(1, 1), (7, 1), (5, 8), (BLOCK_ELEMENTS // 500 + 3, 500), (2, BLOCK_ELEMENTS + 5)]
+BATCHES = [(3, 5, 8), (2, 3, 4, 6), (2, BLOCK_ELEMENTS // 500 + 3, 500)]
+OTHERS = [(), (1,), (13,), (BLOCK_ELEMENTS + 5,)]
 
 # The same weight in other memory.
 LAYOUTS = {
@@ -224,7 +224,7 @@ def test_blocks_leave_no_seam():
 
     And with a key, no block repeats the bits of another: of 524 equal rows of equal values no two come out equal.
     """
-    rows = 2 * (_BLOCK_ELEMENTS // 500)
+    rows = 2 * (BLOCK_ELEMENTS // 500)
     weight, delta = torch.randn(rows, 500).bfloat16(), torch.randn(rows, 500)
     expected = (weight.float() * 0.9).add(delta, alpha=-0.1).bfloat16()
     add_(weight, delta, alpha=-0.1, beta=0.9, key=None)
@@ -278,7 +278,7 @@ def test_beta_zero_is_not_special():
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("high", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(5, 8, 3), (_BLOCK_ELEMENTS // 500 + 3, 500, 2), (2, 5, 8, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 8, 3), (BLOCK_ELEMENTS // 500 + 3, 500, 2), (2, 5, 8, 3)], ids=str)
 @pytest.mark.parametrize("order", ["low first", "high first"])
 def test_matmul_of_two_precisions(shape, order, low, high):
     """The product of the numbers as they are, in the higher precision: no rounding of either operand."""

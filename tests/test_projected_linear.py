@@ -277,7 +277,7 @@ class TestAllocations:
 @pytest.mark.parametrize("build", [Pair, Transposed], ids=["linear", "conv1d"])
 def test_a_bfloat16_fold_allocates_blocks_only(build, monkeypatch):
     """The write-back rounds a block of rows at a time: with blocks of four rows, nothing is larger than those."""
-    monkeypatch.setattr(ops, "_BLOCK_ELEMENTS", 4 * NARROW)
+    monkeypatch.setattr(ops, "BLOCK_ELEMENTS", 4 * NARROW)
     model, optimizer, _ = small_pair(build, torch.bfloat16)
     for step in range(6):
         assert one_step(model, optimizer, step, 1).big == []

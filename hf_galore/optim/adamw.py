@@ -64,6 +64,8 @@ class GaLoreAdamW(LowRankOptimizer):
             },
         )
 
+    elementwise = True
+
     def check_group(self, group: Group) -> None:
         check_adam(group)
 

@@ -31,8 +31,11 @@ class MomentFormat(Protocol):
     def read(self, state: State, name: str) -> Tensor:
         """The moment in working precision."""
 
-    def write(self, state: State, name: str, value: Tensor, key: RoundingKey | None) -> None:
-        """Puts the changed moment back."""
+    def write(self, state: State, name: str, value: Tensor, key: RoundingKey | None, first_row: int = 0) -> None:
+        """Puts the changed moment back, in place; `first_row` is the number of its first row in the whole moment."""
+
+    def rows(self, state: State, name: str, rows: slice, width: int) -> State:
+        """A state that holds these rows of the moment, seen as (rows, width), as views."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,12 @@ class Float:
         moment: Tensor = state[name]
         return moment.to(self.work)
 
-    def write(self, state: State, name: str, value: Tensor, key: RoundingKey | None) -> None:
+    def write(self, state: State, name: str, value: Tensor, key: RoundingKey | None, first_row: int = 0) -> None:
         if value is not state[name]:
-            round_into_(state[name], value, key)
+            round_into_(state[name], value, key, first_row)
+
+    def rows(self, state: State, name: str, rows: slice, width: int) -> State:
+        return {name: state[name].view(-1, width)[rows]}
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,19 @@ class Blockwise8bit:
     dtype: ClassVar[torch.dtype] = torch.uint8
 
     def create(self, state: State, name: str, shape: torch.Size, device: torch.device) -> None:
-        self.write(state, name, torch.zeros(shape, dtype=torch.float32, device=device), None)
+        zero = torch.zeros((), dtype=torch.float32, device=device)
+        state[name] = blockwise.quantize(zero, self.signed)[0].expand(shape).contiguous()
+        state[f"{name}_absmax"] = zero.new_zeros(-(-shape.numel() // blockwise.BLOCK))
 
     def read(self, state: State, name: str) -> Tensor:
         return blockwise.dequantize(state[name], state[f"{name}_absmax"], self.signed)
 
-    def write(self, state: State, name: str, value: Tensor, key: RoundingKey | None) -> None:
-        state[name], state[f"{name}_absmax"] = blockwise.quantize(value, self.signed)
+    def write(self, state: State, name: str, value: Tensor, key: RoundingKey | None, first_row: int = 0) -> None:
+        codes, absmax = blockwise.quantize(value, self.signed)
+        state[name].copy_(codes)
+        state[f"{name}_absmax"].copy_(absmax)
+
+    def rows(self, state: State, name: str, rows: slice, width: int) -> State:
+        first, last = rows.start * width, rows.stop * width
+        blocks = slice(first // blockwise.BLOCK, -(-last // blockwise.BLOCK))
+        return {name: state[name].view(-1, width)[rows], f"{name}_absmax": state[f"{name}_absmax"][blocks]}

@@ -7,18 +7,21 @@ and knows nothing of bases, dtypes or state formats; those are chosen here, each
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from hf_galore.ops import add_, add_lowrank_, product_dtype, scale_
-from hf_galore.optim.moments import Float, MomentFormat
+from hf_galore.ops import BLOCK_ELEMENTS, add_, add_lowrank_, product_dtype, scale_
+from hf_galore.optim.blockwise import BLOCK as QUANTIZATION_BLOCK
+from hf_galore.optim.moments import Float, MomentFormat, State
 from hf_galore.rounding import RoundingKey, mix64
 from hf_galore.subspace import PROJ_TYPES, SUBSPACES, Side, refresh, resolve_side
 
 Group = dict[str, Any]
+Formats = dict[str, tuple[torch.Size, MomentFormat]]  # shape and format of each moment
 
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,6 +54,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     # What a rule defines.
+
+    elementwise = False  # whether `update_` may be given a part of the rows of a parameter at a time
 
     def moment_shapes(self, shape: torch.Size, group: Group) -> dict[str, torch.Size]:
         """Names and shapes of the moments the rule keeps for a gradient of this shape."""
@@ -164,33 +169,63 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if done % group["update_proj_gap"] == 0 or "basis" not in state:
                 state["basis"] = self._refresh(param, side, group, key).to(group["state_dtype"] or work)
             grad = side.project(grad, state["basis"].to(product_dtype(grad.dtype, grad.device)))
-        grad = grad.to(work).contiguous()
-
         formats = self._formats(grad.shape, group, work)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name, (shape, kept) in formats.items():
                 kept.create(state, name, shape, param.device)
         state["step"] += 1
-        rounding = key if group["stochastic_rounding"] else None
-        moments = {name: kept.read(state, name) for name, (_, kept) in formats.items()}
         lr = self.rate(group, done + 1, param)
         beta = 1.0 - lr * group["weight_decay"]
-        in_place = side is None and param.dtype == work and param.is_contiguous()
-        target = scale_(param, beta) if in_place else torch.zeros_like(grad)
-        self.update_(target, grad, moments, group, done + 1, lr)
-        for index, (name, (_, kept)) in enumerate(formats.items(), start=1):
-            kept.write(state, name, moments[name], rounding and rounding._replace(parameter=mix64(number, index)))
-
+        step = _Step(group, formats, done + 1, lr, number, key if group["stochastic_rounding"] else None)
         if side is not None:
-            left, right = side.factors(target, state["basis"].to(work))
-            add_lowrank_(param, left, right, alpha=group["scale"], beta=beta, key=rounding)
-        elif not in_place:
-            add_(param, target, alpha=1.0, beta=beta, key=rounding)
+            delta = torch.zeros(grad.shape, dtype=work, device=param.device)
+            self._update(delta, grad, state, step)
+            left, right = side.factors(delta, state["basis"].to(work))
+            add_lowrank_(param, left, right, alpha=group["scale"], beta=beta, key=step.key)
+            return
+        for rows, of_grad, of_state, first_row in self._blocks(param, grad, state, formats):
+            if rows.dtype == work and rows.is_contiguous():
+                self._update(scale_(rows, beta), of_grad, of_state, step, first_row)
+            else:
+                delta = torch.zeros(of_grad.shape, dtype=work, device=param.device)
+                self._update(delta, of_grad, of_state, step, first_row)
+                add_(rows, delta, alpha=1.0, beta=beta, key=step.key, first_row=first_row)
 
-    def _formats(
-        self, shape: torch.Size, group: Group, work: torch.dtype
-    ) -> dict[str, tuple[torch.Size, MomentFormat]]:
+    def _update(self, target: Tensor, grad: Tensor, state: State, step: "_Step", first_row: int = 0) -> None:
+        """`update_` with the moments read from the state and written back."""
+        moments = {name: kept.read(state, name) for name, (_, kept) in step.formats.items()}
+        self.update_(target, grad.to(target.dtype).contiguous(), moments, step.group, step.number, step.lr)
+        for index, (name, (_, kept)) in enumerate(step.formats.items(), start=1):
+            key = step.key and step.key._replace(parameter=mix64(step.parameter, index))
+            kept.write(state, name, moments[name], key, first_row)
+
+    def _blocks(
+        self, param: Tensor, grad: Tensor, state: State, formats: Formats
+    ) -> Iterator[tuple[Tensor, Tensor, State, int]]:
+        """(rows of the parameter, of its gradient, of its state, number of the first row) for a full-rank step.
+
+        Where something is kept in another precision than the working one, a rule that works element by element takes a
+        block of rows after the other: no copy is as large as the parameter then.
+        """
+        work = _working_dtype(param)
+        copies = param.dtype != work or any(kept.dtype != work for _, kept in formats.values())
+        dense = param.is_contiguous() and grad.is_contiguous()
+        if not (copies and dense and self.elementwise and param.dim() >= 2):
+            yield param, grad, state, 0
+            return
+        width = param.shape[-1]
+        height = param.numel() // width
+        unit = QUANTIZATION_BLOCK // math.gcd(QUANTIZATION_BLOCK, width)  # rows that hold whole blocks
+        step = max(1, BLOCK_ELEMENTS // width // unit) * unit
+        for start in range(0, height, step):
+            rows = slice(start, min(start + step, height))
+            part: State = {}
+            for name, (_, kept) in formats.items():
+                part.update(kept.rows(state, name, rows, width))
+            yield param.view(height, width)[rows], grad.view(height, width)[rows], part, start
+
+    def _formats(self, shape: torch.Size, group: Group, work: torch.dtype) -> Formats:
         """Shape and format of each moment for a gradient of this shape."""
         return {
             name: (moment, self.moment_format(name, moment, group, work))
@@ -239,6 +274,18 @@ def warn_once(seen: set[str], owner: str, message: str) -> None:
     if kind not in seen:
         seen.add(kind)
         warnings.warn(f"{owner}: {message}. Further cases are not reported", stacklevel=3)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step of one parameter depends on besides its tensors."""
+
+    group: Group
+    formats: Formats
+    number: int  # counts from 1
+    lr: float
+    parameter: int
+    key: RoundingKey | None
 
 
 GALORE_TORCH_STATE = (

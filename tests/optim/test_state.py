@@ -3,6 +3,7 @@
 import pytest
 import torch
 from optimizer_cases import BASE, assert_same, contents, each_class, each_layout, make, problem, saved, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 
@@ -140,3 +141,49 @@ def test_the_seed_decides_the_rounding(cls):
     first, again, other = weights(0), weights(0), weights(1)
     assert_same(first, again)
     assert any((first[name] != other[name]).any() for name in first)
+
+
+@pytest.mark.parametrize("shape", [(40, 33), (40, 96), (3, 20, 24), (1, 700)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreAdamW8bit])
+def test_a_step_in_blocks_of_rows_is_the_whole_step(cls, dtype, shape, monkeypatch):
+    """Bit for bit: weights and states, stochastic rounding and blocks of 256 codes included."""
+    runs = []
+    for elements in (10**9, 600):
+        monkeypatch.setattr("hf_galore.optim.optimizer.BLOCK_ELEMENTS", elements)
+        generator = torch.Generator().manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        optimizer = cls([param], weight_decay=0.1, state_dtype="bfloat16", **BASE[cls])
+        for _ in range(4):
+            param.grad = torch.randn(shape, generator=generator).to(dtype)
+            optimizer.step()
+        runs.append((param.detach(), optimizer.state[param]))
+    assert torch.equal(runs[0][0], runs[1][0])
+    for name, value in runs[0][1].items():
+        assert torch.equal(value, runs[1][1][name]), name
+
+
+@pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreAdamW8bit])
+def test_a_full_rank_step_makes_no_copy_of_the_parameter(cls, monkeypatch):
+    """A bfloat16 matrix of 64 blocks is stepped with temporaries of a few blocks, whatever the states are kept in."""
+    monkeypatch.setattr("hf_galore.optim.optimizer.BLOCK_ELEMENTS", 1024)
+    param = torch.nn.Parameter(torch.randn(256, 256).bfloat16())
+    optimizer = cls([param], state_dtype="bfloat16", **BASE[cls])
+    largest = 0
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func.is_view and out.untyped_storage().data_ptr() not in known:
+                largest = max(largest, out.untyped_storage().nbytes())
+            return out
+
+    for _ in range(2):
+        param.grad = torch.randn(256, 256).bfloat16()
+        state = list(optimizer.state[param].values())
+        known = {tensor.untyped_storage().data_ptr() for tensor in (param, param.grad, *state)}
+        largest = 0
+        with Recorder():
+            optimizer.step()
+    assert 0 < largest <= 1024 * 8
