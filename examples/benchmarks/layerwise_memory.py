@@ -2,9 +2,10 @@
 
     python examples/benchmarks/layerwise_memory.py          # writes results/layerwise_memory.csv, resumable
 
-Two steps of forward, backward and optimizer on random tokens, bfloat16 weights; the peak of the second, by live tensor
-bytes (the same on every device) and by the resident size of a child process above that of an empty one. `frozen`:
-embeddings, head and norms are frozen in all methods; `trained`: they train in all (in LoRA through modules_to_save).
+Two steps of forward, backward and optimizer on random tokens, bfloat16 weights. `live_mib` is the peak of the second,
+by live tensor bytes (the same on every device), `refresh_mib` that of the first, which refreshes every basis;
+`resident_mib` is the peak resident size of the process, libraries included. `frozen`: embeddings, head and norms are
+frozen in all methods; `trained`: they train in all (in LoRA through modules_to_save).
 galore-torch layerwise is what transformers 5.23 makes of it: one optimizer per parameter, stepped in a hook.
 """
 
@@ -36,9 +37,9 @@ METHODS = (
     "LoRA",
     "galore-torch",
     "galore-torch layerwise",
-    "galore_adamw",
     "layerwise float32",
     "layerwise bfloat16",
+    "layerwise bfloat16 shared",
     "layerwise 8bit",
 )
 COLUMNS = [
@@ -48,6 +49,7 @@ COLUMNS = [
     "checkpointing",
     "method",
     "live_mib",
+    "refresh_mib",
     "resident_mib",
     "device",
     "torch",
@@ -101,13 +103,9 @@ def prepare(method: str, model: torch.nn.Module, rank: int, others: str) -> tupl
                 own = galore_torch.GaLoreAdamW([{**group, "params": [param]}], no_deprecation_warning=True)
                 param.register_post_accumulate_grad_hook(partial(step_at_once, own))
         return model, []
-    if method == "galore_adamw":
-        return model, [
-            hf_galore.GaLoreAdamW(galore_param_groups(model, r".*_proj", rank=rank), state_dtype="bfloat16")
-        ]
     kind = method.split()[1]
     dtype = torch.bfloat16 if kind != "float32" else None
-    engine = enable(model, r".*_proj", rank=rank, state_dtype=dtype)
+    engine = enable(model, r".*_proj", rank=rank, state_dtype=dtype, share_inputs=method.endswith("shared"))
     optimizer_class = hf_galore.GaLoreAdamW8bit if kind == "8bit" else hf_galore.GaLoreAdamW
     optimizer = optimizer_class(engine.param_groups(model), state_dtype=dtype)
     engine.attach(optimizer)
@@ -121,9 +119,9 @@ def step_at_once(optimizer: torch.optim.Optimizer, param: torch.Tensor) -> None:
 
 
 def measure(shape: str, rank: int, others: str, checkpointing: bool, method: str) -> dict[str, float]:
-    """Peak live MiB of the second step, and the process's peak resident MiB."""
+    """Peak live MiB of the second step and of the first, and the process's peak resident MiB."""
     warnings.simplefilter("ignore")
-    live = LiveBytes()
+    live, peaks = LiveBytes(), []
     with live:
         model = build(shape, others, checkpointing)
         model, optimizers = prepare(method, model, rank, others)
@@ -135,9 +133,10 @@ def measure(shape: str, rank: int, others: str, checkpointing: bool, method: str
             for optimizer in optimizers:
                 optimizer.step()
             model.zero_grad()
+            peaks.append(live.peak / 2**20)
     status = Path("/proc/self/status").read_text()
     resident = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-    return {"live_mib": live.peak / 2**20, "resident_mib": resident}
+    return {"live_mib": peaks[1], "refresh_mib": peaks[0], "resident_mib": resident}
 
 
 def main() -> None:

@@ -20,7 +20,13 @@ print("once more")
 script.main()
 """
 OPTIONS = ["--rows", "tiny/8/bfloat16", "--rounds", "1", "--threads", "1"]
-METHODS = ["adamw_torch_fused", "LoRA", "galore-torch", "galore_adamw", "galore_adamw_layerwise"]
+METHODS = [
+    "adamw_torch_fused",
+    "LoRA",
+    "galore-torch",
+    "galore_adamw_layerwise",
+    "galore_adamw_layerwise, share_inputs",
+]
 
 
 @pytest.fixture(scope="module")
