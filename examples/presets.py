@@ -30,12 +30,12 @@ PRESETS = {
     # About 9 million parameters, minutes on two CPU cores. Embeddings and head are one tied matrix: untied, they
     # would be a quarter of so small a model. The rank is a quarter of hidden_size, as the paper has it. For AdamW's
     # usual beta2, 0.999, the run is too short. The learning rates are the best of
-    # benchmarks/results/learning_rate_grid.csv: in so short a run embeddings want a far larger rate than matrices,
-    # which for GaLore means a large lr and a small scale.
+    # benchmarks/results/learning_rate_grid.csv, whose runs have 480 steps: in so short a run embeddings want a far
+    # larger rate than matrices, which for GaLore means a large lr and a small scale.
     "demo": Preset(
         *(320, 864, 5, 6),
         rank=80,
-        max_steps=480,
+        max_steps=400,
         update_proj_gap=50,
         galore_lr=8e-2,
         scale=1 / 64,

@@ -1,11 +1,11 @@
-"""Pretrains a Llama from nothing under the Trainer, once with AdamW and once with GaLore, and compares the two.
+"""Pretrains a Llama from nothing under the Trainer, with AdamW and with GaLore in two forms, and compares them.
 
-    python examples/pretrain.py                                   # about 5 minutes on two CPU cores
+    python examples/pretrain.py                                   # about 6 minutes on two CPU cores
     python examples/pretrain.py --text my_book.txt --rank 32
     python examples/pretrain.py --config 60m --text texts/ --optim galore_adamw
     accelerate launch examples/pretrain.py --config 350m --text texts/ --optim galore_adamw
 
-Both methods start from the same weights and see the same data in the same order. Each trains in a process of its own,
+All methods start from the same weights and see the same data in the same order. Each trains in a process of its own,
 so that its peak memory is its own; a single --optim trains in this process.
 """
 
@@ -33,6 +33,7 @@ import hf_galore
 ADAMW = "adamw_torch_fused"
 GALORE = ["galore_adamw", "galore_adamw_8bit", "galore_adafactor"]
 METHODS = [ADAMW, *GALORE, *(f"{name}_layerwise" for name in GALORE)]
+COMPARED = [ADAMW, "galore_adamw", "galore_adamw_layerwise"]
 # GaLore's targets, by the names of their modules: all matrices of the attention and the MLPs.
 MATRICES = ["self_attn", "mlp"]
 HELD_OUT_BLOCKS = 192
@@ -226,7 +227,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, with what it leaves open filled in from the preset, and checked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", choices=PRESETS, default="demo", help="size and settings (%(default)s)")
-    parser.add_argument("--optim", nargs="+", choices=METHODS, default=METHODS[:2], help="(the first two)")
+    parser.add_argument("--optim", nargs="+", choices=METHODS, default=COMPARED, help=f"({' '.join(COMPARED)})")
     parser.add_argument("--text", nargs="+", default=[], help="text files or folders (Python's own library)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (float32)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, split and order of the data (%(default)s)")

@@ -26,6 +26,7 @@ import pretrain
 OPTIMIZERS = [pretrain.ADAMW, "galore_adamw"]
 LR_MATRICES = {pretrain.ADAMW: [2.5e-4, 5e-4, 1e-3], "galore_adamw": [6.25e-4, 1.25e-3, 2.5e-3]}
 LR_REST = [4e-2, 8e-2, 1.6e-1]
+STEPS = 480
 RESULTS = Path(__file__).with_name("results") / "learning_rate_grid.csv"
 
 Run = tuple[str, float, float]  # optimizer, lr of the matrices, lr of the rest
@@ -61,9 +62,10 @@ def main() -> None:
 
 
 def settings_of(run: Run, seed: int) -> argparse.Namespace:
-    """The demo's settings with the run's learning rates."""
+    """The demo's settings with the run's learning rates, at the grid's length."""
     optim, lr_matrices, lr_rest = run
-    settings = pretrain.parse(["--optim", optim, "--seed", str(seed), "--output_dir", "runs/learning_rate_grid"])
+    given = {"optim": optim, "seed": seed, "max_steps": STEPS, "output_dir": "runs/learning_rate_grid"}
+    settings = pretrain.parse([text for name, value in given.items() for text in (f"--{name}", str(value))])
     if optim == pretrain.ADAMW:
         settings.adamw_lr_matrices, settings.adamw_lr_rest = lr_matrices, lr_rest
     else:
