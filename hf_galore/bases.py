@@ -173,9 +173,10 @@ def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Eigenvectors of a Gram matrix are a mixture where the singular values are below √eps of the largest. The value of a
     column is the length that it adds to the product of the matrix with V, so mixtures of what is there already count
-    for nothing.
+    for nothing. LAPACK's signs turn with the last bit of the matrix; here the sum of a column of V is positive.
     """
     right = torch.linalg.eigh(_product(matrix.mT, matrix))[1][..., -rank:].flip(-1)
+    right = right * torch.where(right.sum(-2, keepdim=True) < 0, -1.0, 1.0)
     left, values = orthonormal(_product(matrix, right))
     values, order = values.sort(dim=-1, descending=True, stable=True)
     left, right = (t.gather(-1, order.unsqueeze(-2).expand_as(t)) for t in (left, right))

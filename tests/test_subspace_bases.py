@@ -156,6 +156,22 @@ def test_a_warm_batch_equals_one_by_one(proj_type, again):
         torch.testing.assert_close(basis, alone, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("method", ["gram", "randomized"])
+def test_signs_do_not_depend_on_those_of_lapack(method, proj_type, monkeypatch):
+    """Which turn with the last bit, so that a matrix in a batch would get others than alone."""
+    grad = spectral((96, 64), power_law(64, 1.0))
+    expected, _, _ = take(grad, 8, proj_type, method)
+    real = torch.linalg.eigh
+
+    def flipped(matrix):
+        values, vectors = real(matrix)
+        return values, vectors * torch.tensor([1.0, -1.0]).repeat(len(matrix))[: len(matrix)]
+
+    monkeypatch.setattr(torch.linalg, "eigh", flipped)
+    torch.testing.assert_close(take(grad, 8, proj_type, method)[0], expected, rtol=0, atol=1e-12)
+
+
 class Outputs(TorchDispatchMode):
     """Records the elements of what each operation newly makes."""
 
