@@ -138,7 +138,7 @@ def orthonormal(matrix: Tensor, rough: bool = False) -> tuple[Tensor, Tensor]:
         products = products / (norms.unsqueeze(-1) * norms.unsqueeze(-2))
         factor, smallest = _cholesky(products)
         ill = ~(smallest.square() > 10 * unit)  # this pass would leave an error above a tenth; so would a NaN
-        enough = ~ill if rough else smallest > 0.5
+        enough = ~ill if rough else smallest > 0.8
         if attempt == 0 and bool(ill.any()):
             factor, smallest = _cholesky(products + unit * ill[..., None, None] * eye)
             ill = smallest.isnan()

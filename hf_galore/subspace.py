@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_galore.bases import SUBSPACES, BasisMethod, normal, seeded, spectral_norm, svd
+from hf_galore.bases import SUBSPACES, BasisMethod, normal, orthonormal, seeded, spectral_norm, svd
 from hf_galore.rounding import mix64
 from hf_galore.sides import PROJ_TYPES, Both, Left, Right, Side, project, project_back, resolve_side
 
@@ -108,7 +108,7 @@ def _complete(basis: Tensor, found: Tensor, sizes: Sequence[int], generator: tor
     for one, good in zip(flat, found.reshape(-1).tolist(), strict=True):
         for block in one.split(list(sizes)):
             filler = normal((block.shape[0], rank - good), block, generator)
-            block[:, good:] = torch.linalg.qr(torch.cat((block[:, :good], filler), dim=1))[0][:, good:]
+            block[:, good:] = orthonormal(torch.cat((block[:, :good], filler), dim=1))[0][:, good:]
     return flat.reshape(basis.shape)
 
 

@@ -244,6 +244,14 @@ def test_orthonormal_is_the_qr_decomposition(dtype, decades, size, batch):
     assert (rough.mT @ rough - torch.eye(size, dtype=dtype)).abs().max() <= 0.1
 
 
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.3, 0.5, 0.7, 0.9, 1.0])
+def test_orthonormal_of_normal_numbers(share):
+    """Whose columns crowd together the more of them there are, though no single one is near the others' span."""
+    for height in (60, 170, 400):
+        q, _ = orthonormal(torch.randn(height, int(height * share)))
+        assert (q.mT @ q - torch.eye(q.shape[1])).abs().max() <= 2e-6
+
+
 @pytest.mark.parametrize("rough", [False, True])
 def test_orthonormal_treats_each_matrix_of_a_batch_by_itself(rough):
     """Well-conditioned, one pass more, shifted, of lower rank, zero: as if it were alone."""
