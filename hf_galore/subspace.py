@@ -60,13 +60,13 @@ def refresh(
     norm, reason = torch.linalg.vector_norm(matrix, dim=(-2, -1)), None
     sound = (norm > _SAFE[0]) & (norm < _SAFE[1])
     if not bool(sound.all()):
-        matrix, sound = _repaired(matrix, generator)
+        matrix, sound = _repaired(matrix, sound, generator)
         reason = None if bool(sound.all()) else "a gradient is zero or not finite"
     try:
         basis, values = method(matrix, rank, side, previous, mix64(seed) >> 1)
     except torch.linalg.LinAlgError:
         if batch:
-            return _refresh_each(matrix, rank, side, method, previous, seed)
+            return _refresh_each(grad, rank, side, method, previous, seed)
         reason = "the basis method did not converge"
         sound = torch.zeros_like(sound)
         basis, values = svd(normal(matrix.shape, matrix, generator), rank, side, None, seed)
@@ -82,21 +82,21 @@ def refresh(
     return basis, reason
 
 
-def _repaired(matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The matrices divided by their largest element, random where they are zero or not finite; and where not."""
+def _repaired(matrix: Tensor, safe: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The matrices, divided by their peaks unless `safe`, random if zero or not finite; and which are neither."""
     peak = matrix.abs().amax(dim=(-2, -1))
     sound = (peak > 0) & (peak < torch.inf)
-    spare = normal(matrix.shape, matrix, generator)
-    return torch.where(sound[..., None, None], matrix / peak[..., None, None], spare), sound
+    scaled = matrix / torch.where(safe, 1.0, peak)[..., None, None]
+    return torch.where(sound[..., None, None], scaled, normal(matrix.shape, matrix, generator)), sound
 
 
 def _refresh_each(
-    matrix: Tensor, rank: int, side: Side, method: BasisMethod, previous: Tensor | None, seed: int
+    grads: Tensor, rank: int, side: Side, method: BasisMethod, previous: Tensor | None, seed: int
 ) -> tuple[Tensor, str | None]:
     """`refresh` of a batch one by one, so that a matrix that does not converge does not cost the others theirs."""
     pairs = [
         refresh(one, rank, side, method, None if previous is None else previous[i], seed + i)
-        for i, one in enumerate(matrix)
+        for i, one in enumerate(grads)
     ]
     reasons = [reason for _, reason in pairs if reason is not None]
     return torch.stack([basis for basis, _ in pairs]), next(iter(reasons), None)

@@ -164,6 +164,8 @@ def test_one_bad_expert_does_not_cost_the_others_their_bases(method, shape):
     assert torch.equal(new[1:3], old[1:3])
     for i in (0, 3):
         torch.testing.assert_close(new[i], take(batch[i], 4, method=method, previous=old[i])[0])
+        if method == "svd":
+            assert torch.equal(new[i], take(batch[i], 4)[0])
 
 
 def test_svd_is_the_best_basis():
@@ -207,6 +209,8 @@ def test_svd_that_does_not_converge(batch, monkeypatch):
     assert torch.equal(kept.view(-1, *old.shape[-2:])[0], old.view(-1, *old.shape[-2:])[0])
     if batch:
         torch.testing.assert_close(kept[1], take(grad[1], 4)[0])
+        grad[2] = torch.nan
+        assert torch.equal(take(grad, 4, previous=old)[0][2], old[2])
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan")], ids=["zero", "nan"])
