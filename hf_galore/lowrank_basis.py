@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_galore.bases import SUBSPACES, gram, random
 from hf_galore.lowrank_layer import LowRankLayer, Settings, several_ranks
 from hf_galore.ops import matmul
 from hf_galore.rounding import mix64
-from hf_galore.subspace import SUBSPACES, Left, Right, Side, refresh, svd
+from hf_galore.sides import Left, Right, Side
+from hf_galore.subspace import refresh
 
 
 class Steering(Protocol):
@@ -132,7 +134,7 @@ class LayerBasis:
         tall = [moment.detach().to(self.work) for moment in moments]
         tall = tall if self.right else [moment.mT for moment in tall]
         started = time.perf_counter()
-        test = refresh(torch.cat(tall), self.rank, Left(), svd, None, self._seed(1))[0]
+        test = refresh(torch.cat(tall), self.rank, Left(), gram, None, self._seed(1))[0]
         self.seconds += time.perf_counter() - started
         self._hand_out(test)
 
@@ -160,8 +162,8 @@ class LayerBasis:
         return basis.to(self.settings.state_dtype or self.work)
 
     def _random(self, size: int) -> Tensor:
-        zero = torch.zeros(size, self.rank, dtype=self.work, device=self.layers[0].weight.stored.device)
-        return refresh(zero, self.rank, Left(), svd, None, self._seed(0, size))[0]
+        like = torch.empty(size, self.rank, dtype=self.work, device=self.layers[0].weight.stored.device)
+        return random(like, self.rank, Left(), None, self._seed(0, size))[0]
 
     def _seed(self, *purpose: int) -> int:
         return mix64(self.settings.seed, self.index, self.steps, *purpose) >> 1

@@ -1,153 +1,39 @@
-"""Low-rank subspaces of a gradient: which side is projected, where the basis is from, and what if there is none.
+"""The low-rank subspace of a gradient: a refresh of its basis, what moves with the basis, and how good a basis is.
 
-Legend: G (..., m, n) is the gradient of W = nn.Linear.weight (out_features, in_features); leading dimensions are a
-batch of independent matrices (the experts of a mixture), each with its own basis; r = rank.
-
-    right: Q (..., n, r)   R = G Q    (..., m, r)   back(N) = N Qᵀ
-    left:  P (..., m, r)   R = PᵀG    (..., r, n)   back(N) = P N
-    both:  P and Q         R = PᵀG Q  (..., r, r)   back(N) = P N Qᵀ
-
-Paper: GaLore, arXiv 2403.03507.
+Legend as in `hf_galore.sides`, which says how a basis is applied; `hf_galore.bases` says where it is from.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hf_galore.ops import matmul
+from hf_galore.bases import SUBSPACES, BasisMethod, normal, orthonormal, seeded, spectral_norm, svd
+from hf_galore.rounding import mix64
+from hf_galore.sides import PROJ_TYPES, Both, Left, Right, Side, project, project_back, resolve_side
 
+__all__ = [
+    "PROJ_TYPES",
+    "SUBSPACES",
+    "BasisMethod",
+    "Both",
+    "Left",
+    "Right",
+    "Side",
+    "align",
+    "captured_energy",
+    "overlap",
+    "project",
+    "project_back",
+    "refresh",
+    "resolve_side",
+    "rotate",
+    "stable_rank",
+    "svd",
+]
 
-class Side(Protocol):
-    """How a basis is applied to a gradient and to an update; `basis` is always one contiguous tensor."""
-
-    def from_svd(self, left: Tensor, right: Tensor) -> Tensor:
-        """The basis, given the leading left (..., m, r) and right (..., n, r) singular vectors."""
-
-    def sizes(self, rows: int, cols: int) -> tuple[int, ...]:
-        """The heights of the orthonormal blocks that are stacked in the basis of an (m, n) matrix."""
-
-    def project(self, grad: Tensor, basis: Tensor) -> Tensor:
-        """R, the gradient in the coordinates of the basis."""
-
-    def factors(self, update: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """A (..., m, k) and B (..., k, n) with back(update) = A B."""
-
-
-@dataclass(frozen=True)
-class Right:
-    """R = G Q with Q (..., n, r): the input dimension is compressed."""
-
-    def from_svd(self, left: Tensor, right: Tensor) -> Tensor:
-        return right.contiguous()
-
-    def sizes(self, rows: int, cols: int) -> tuple[int, ...]:
-        return (cols,)
-
-    def project(self, grad: Tensor, basis: Tensor) -> Tensor:
-        return matmul(grad, basis)
-
-    def factors(self, update: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        return update, basis.mT
-
-
-@dataclass(frozen=True)
-class Left:
-    """R = PᵀG with P (..., m, r): the output dimension is compressed."""
-
-    def from_svd(self, left: Tensor, right: Tensor) -> Tensor:
-        return left.contiguous()
-
-    def sizes(self, rows: int, cols: int) -> tuple[int, ...]:
-        return (rows,)
-
-    def project(self, grad: Tensor, basis: Tensor) -> Tensor:
-        return matmul(basis.mT, grad)
-
-    def factors(self, update: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        return basis, update
-
-
-@dataclass(frozen=True)
-class Both:
-    """R = PᵀG Q; P (..., m, r) and Q (..., n, r) are stored as one basis (..., m + n, r), P first."""
-
-    rows: int
-
-    def from_svd(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch.cat((left, right), dim=-2)
-
-    def sizes(self, rows: int, cols: int) -> tuple[int, ...]:
-        return (rows, cols)
-
-    def project(self, grad: Tensor, basis: Tensor) -> Tensor:
-        left, right = basis[..., : self.rows, :], basis[..., self.rows :, :]
-        return matmul(left.mT, grad) @ right
-
-    def factors(self, update: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        left, right = basis[..., : self.rows, :], basis[..., self.rows :, :]
-        return left, update @ right.mT
-
-
-_SIDES: dict[str, Callable[[int, int], Side]] = {
-    "std": lambda m, n: Right() if m >= n else Left(),
-    "reverse_std": lambda m, n: Left() if m >= n else Right(),
-    "right": lambda m, n: Right(),
-    "left": lambda m, n: Left(),
-    "full": lambda m, n: Both(m),
-}
-PROJ_TYPES = tuple(_SIDES)
-
-
-def resolve_side(proj_type: str, shape: Sequence[int]) -> Side:
-    """The side that `proj_type` means for a parameter of this shape (..., m, n).
-
-    `std` projects the shorter dimension (the paper), `reverse_std` the longer, `right` and `left` always that one,
-    `full` both. The shape is the parameter's as stored: a transposed weight (GPT-2's Conv1D) has its input dimension
-    first.
-
-    Raises:
-        ValueError: `proj_type` is none of these, or the parameter is not a matrix or a batch of matrices.
-    """
-    if proj_type not in _SIDES:
-        raise ValueError(f"proj_type={proj_type!r} is not one of {', '.join(PROJ_TYPES)}")
-    if len(shape) < 2:
-        raise ValueError(
-            f"a parameter of shape {tuple(shape)} in a group with `rank`: only matrices (m, n) and batches of them "
-            "(E, m, n) can be projected. Flat shards (DeepSpeed ZeRO, FSDP1) hold no matrices"
-        )
-    return _SIDES[proj_type](shape[-2], shape[-1])
-
-
-def project(grad: Tensor, basis: Tensor, side: Side) -> Tensor:
-    """R, the gradient (..., m, n) in the coordinates of `basis`: (..., m, r), (..., r, n) or (..., r, r)."""
-    return side.project(grad, basis)
-
-
-def project_back(update: Tensor, basis: Tensor, side: Side) -> Tensor:
-    """The full (..., m, n) matrix of a low-rank update (no scale applied)."""
-    left, right = side.factors(update, basis)
-    return left @ right
-
-
-# A basis method computes, from G (..., m, n) in float32 or float64, the basis for `side` at `rank` <= min(m, n) and
-# the singular values (..., r) that its columns capture, largest first. `previous` is the basis in force, or None. It
-# may raise torch.linalg.LinAlgError. G is finite and not zero: `refresh` sees to that.
-BasisMethod = Callable[[Tensor, int, Side, "Tensor | None"], tuple[Tensor, Tensor]]
-
-
-def svd(grad: Tensor, rank: int, side: Side, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The leading singular vectors of the gradient, exactly (the paper): O(m·n·min(m, n)) flops.
-
-    The basis is a copy, so no m x n or n x n storage lives on behind a view.
-    """
-    left, values, right = torch.linalg.svd(grad, full_matrices=False)
-    return side.from_svd(left[..., :rank], right[..., :rank, :].mT), values[..., :rank]
-
-
-SUBSPACES: dict[str, BasisMethod] = {"svd": svd}
+_SAFE = (1e-12, 1e12)  # norms of matrices whose entries can be squared, in float32
 
 
 def refresh(
@@ -157,48 +43,60 @@ def refresh(
 
     The basis has min(rank, m, n) columns, is contiguous, and is float64 for a float64 gradient, else float32. A matrix
     whose gradient is zero or not finite, or on which the method does not converge, keeps its `previous` basis, or gets
-    a seeded random one if it has none. Where a gradient has fewer than r independent directions, the missing ones are
-    seeded random directions orthogonal to those it has: LAPACK's own would be arbitrary, often coordinate axes.
+    a seeded random one if it has none; a previous basis of another shape, such as another rank, counts as none. Where
+    a gradient has fewer than r independent directions, the missing ones are seeded random directions orthogonal to
+    those it has: LAPACK's own would be arbitrary, often coordinate axes.
 
     Args:
-        seed: determines the random directions; torch's global generator is not used.
+        seed: determines all that is random; torch's global generator is not used.
     """
-    rows, cols = grad.shape[-2:]
-    rank = min(rank, rows, cols)
+    *batch, rows, cols = grad.shape
+    rank, sizes = min(rank, rows, cols), side.sizes(rows, cols)
+    if previous is not None and previous.shape != (*batch, sum(sizes), rank):
+        previous = None
     matrix = grad if grad.dtype == torch.float64 else grad.float()
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
-    sound = matrix.isfinite().flatten(-2).all(-1) & matrix.ne(0).flatten(-2).any(-1)
-    reason = None
+    norm, reason = torch.linalg.vector_norm(matrix, dim=(-2, -1)), None
+    sound = (norm > _SAFE[0]) & (norm < _SAFE[1])
     if not bool(sound.all()):
-        reason = "a gradient is zero or not finite"
-        matrix = torch.where(sound[..., None, None], matrix, _normal(matrix.shape, matrix, generator))
+        matrix, sound = _repaired(matrix, sound, generator)
+        reason = None if bool(sound.all()) else "a gradient is zero or not finite"
     try:
-        basis, values = method(matrix, rank, side, previous)
+        basis, values = method(matrix, rank, side, previous, mix64(seed) >> 1)
     except torch.linalg.LinAlgError:
-        if matrix.dim() > 2:
-            return _refresh_each(matrix, rank, side, method, previous, seed)
+        if batch:
+            return _refresh_each(grad, rank, side, method, previous, seed)
         reason = "the basis method did not converge"
         sound = torch.zeros_like(sound)
-        basis, values = svd(_normal(matrix.shape, matrix, generator), rank, side, None)
+        basis, values = svd(normal(matrix.shape, matrix, generator), rank, side, None, seed)
 
-    floor = values[..., :1] * torch.finfo(values.dtype).eps * 10  # LAPACK's rounding noise is a few eps
+    noise = torch.finfo(values.dtype).eps * max(10.0, math.sqrt(max(rows, cols)))  # of LAPACK and of products
+    floor = values[..., :1] * noise
     found = (values > floor).sum(-1)
     if bool((found < rank).any()):
         reason = reason or "a gradient has fewer independent directions than `rank`"
-        basis = _complete(basis, found, side.sizes(rows, cols), generator)
+        basis = _complete(basis, found, sizes, generator)
     if previous is not None and not bool(sound.all()):
         basis = torch.where(sound[..., None, None], basis, previous.to(basis))
     return basis, reason
 
 
+def _repaired(matrix: Tensor, safe: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The matrices, divided by their peaks unless `safe`, random if zero or not finite; and which are neither."""
+    peak = matrix.abs().amax(dim=(-2, -1))
+    sound = (peak > 0) & (peak < torch.inf)
+    scaled = matrix / torch.where(safe, 1.0, peak)[..., None, None]
+    return torch.where(sound[..., None, None], scaled, normal(matrix.shape, matrix, generator)), sound
+
+
 def _refresh_each(
-    matrix: Tensor, rank: int, side: Side, method: BasisMethod, previous: Tensor | None, seed: int
+    grads: Tensor, rank: int, side: Side, method: BasisMethod, previous: Tensor | None, seed: int
 ) -> tuple[Tensor, str | None]:
     """`refresh` of a batch one by one, so that a matrix that does not converge does not cost the others theirs."""
     pairs = [
         refresh(one, rank, side, method, None if previous is None else previous[i], seed + i)
-        for i, one in enumerate(matrix)
+        for i, one in enumerate(grads)
     ]
     reasons = [reason for _, reason in pairs if reason is not None]
     return torch.stack([basis for basis, _ in pairs]), next(iter(reasons), None)
@@ -209,14 +107,9 @@ def _complete(basis: Tensor, found: Tensor, sizes: Sequence[int], generator: tor
     flat, rank = basis.reshape(-1, *basis.shape[-2:]).clone(), basis.shape[-1]
     for one, good in zip(flat, found.reshape(-1).tolist(), strict=True):
         for block in one.split(list(sizes)):
-            filler = _normal((block.shape[0], rank - good), block, generator)
-            block[:, good:] = torch.linalg.qr(torch.cat((block[:, :good], filler), dim=1))[0][:, good:]
+            filler = normal((block.shape[0], rank - good), block, generator)
+            block[:, good:] = orthonormal(torch.cat((block[:, :good], filler), dim=1))[0][:, good:]
     return flat.reshape(basis.shape)
-
-
-def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers with the dtype and device of `like`, drawn on the CPU: the same on every device."""
-    return torch.randn(tuple(shape), generator=generator, dtype=like.dtype).to(like.device)
 
 
 def rotate(moments: dict[str, Tensor], overlap: Tensor, side: Side, bias1: float = 1.0, bias2: float = 1.0) -> None:
@@ -246,3 +139,47 @@ def rotate(moments: dict[str, Tensor], overlap: Tensor, side: Side, bias1: float
     factored = moments.get("exp_avg_sq_col" if isinstance(side, Right) else "exp_avg_sq_row")
     if factored is not None:
         factored.copy_(overlap.square() @ factored)
+
+
+def align(new: Tensor, old: Tensor) -> Tensor:
+    """The columns of a new orthonormal basis (..., n, r), each with the sign that does not turn it away from the old.
+
+    The diagonal of newᵀ old is non-negative then: moments that are kept as they are at a refresh keep their sign. A
+    basis of both sides has two blocks, which are aligned one by one.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if new.shape != old.shape:
+        raise ValueError(f"new has the shape {tuple(new.shape)}, old {tuple(old.shape)}: they must be equal")
+    cosines = (new * old).sum(dim=-2, keepdim=True)
+    return torch.where(cosines < 0, -new, new)
+
+
+def captured_energy(grad: Tensor, basis: Tensor, side: Side) -> Tensor:
+    """‖project(G)‖² / ‖G‖² (...), the share of the gradient (..., m, n) that a basis keeps; NaN if it is zero."""
+    kept, whole = (torch.linalg.vector_norm(t.to(basis), dim=(-2, -1)) for t in (side.project(grad, basis), grad))
+    return (kept / whole).square()
+
+
+def overlap(new: Tensor, old: Tensor) -> Tensor:
+    """‖newᵀ old‖² / r (...), in [0, 1]: the mean squared cosine between the subspaces of two bases (..., n, r).
+
+    1 where they span the same, about r/n where they have nothing to do with each other. Signs and the order of columns
+    do not matter.
+    """
+    return (new.mT @ old).square().sum(dim=(-2, -1)) / new.shape[-1]
+
+
+def stable_rank(grad: Tensor) -> Tensor:
+    """‖G‖² / ‖G‖₂² (...), between 1 and the rank of the gradient (..., m, n); NaN where it is zero or not finite.
+
+    Frobenius norm over spectral norm, the latter by subspace iteration from below, so that the stable rank may come
+    out too large, by less than a hundredth as a rule.
+    """
+    matrix = grad if grad.dtype == torch.float64 else grad.float()
+    norm = torch.linalg.vector_norm(matrix, dim=(-2, -1))
+    usable = (norm > 0) & (norm < torch.inf)
+    if not bool(usable.all()):
+        matrix = torch.where(usable[..., None, None], matrix, torch.ones_like(matrix))
+    return torch.where(usable, (norm / spectral_norm(matrix)).square(), torch.nan)

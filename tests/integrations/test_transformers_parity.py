@@ -76,8 +76,8 @@ def test_equals_the_paper(tmp_path, proj_type):
 def test_equals_galore_torch(tmp_path, proj_type, monkeypatch):
     """galore-torch takes its SVD in float32 also for float64 gradients; so does ours here."""
 
-    def svd_in_float32(grad, rank, side, previous):
-        basis, values = subspace.svd(grad.float(), rank, side, previous)
+    def svd_in_float32(grad, rank, side, previous, seed):
+        basis, values = subspace.svd(grad.float(), rank, side, previous, seed)
         return basis.to(grad.dtype), values
 
     monkeypatch.setitem(subspace.SUBSPACES, "svd_in_float32", svd_in_float32)

@@ -22,6 +22,8 @@ from trainer_cases import (
     weights,
 )
 
+from hf_galore.subspace import SUBSPACES
+
 STEPS, GAP = 6, 3
 # Bases are refreshed in the first and the fourth step. The checkpoint after step ...
 CUTS = {"just before a refresh": 3, "just after a refresh": 4, "between refreshes": 2}
@@ -64,6 +66,7 @@ def assert_resumes(run, model, cut, whole=None, **changes):
 VARIANTS = ["", ", refresh=exact", ", stagger=true, state_dtype=bfloat16"]
 KINDS = [(m, p, "") for m in METHODS for p in PRECISIONS]
 KINDS += [(m, p, variant) for m in LAYERWISE for p in PRECISIONS for variant in VARIANTS]
+KINDS += [(METHODS[0], "bfloat16", f", subspace={name}") for name in SUBSPACES if name != "svd"]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)

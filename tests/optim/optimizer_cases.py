@@ -46,7 +46,8 @@ class Problem(NamedTuple):
         return {name: param.detach().clone() for name, param in self.params.items()}
 
 
-def problem(layout, dtype=torch.float32, contiguous=True, seed=0, **low_rank):
+def problem(layout, dtype=torch.float32, contiguous=True, seed=0, size=1, **low_rank):
+    """`size` multiplies the sides of the matrices."""
     generator = torch.Generator().manual_seed(seed)
 
     def parameter(*shape):
@@ -54,8 +55,9 @@ def problem(layout, dtype=torch.float32, contiguous=True, seed=0, **low_rank):
             return Parameter(torch.randn(shape, generator=generator).to(dtype))
         return Parameter(torch.randn((*shape, 2), generator=generator).to(dtype)[..., 0])
 
-    params = {"tall": parameter(10, 6), "wide": parameter(6, 12), "bias": parameter(10)}
-    inputs = torch.randn(16, 6, generator=generator)
+    shapes = {"tall": (10, 6), "wide": (6, 12), "bias": (10,)}
+    params = {name: parameter(*(side * size for side in shape)) for name, shape in shapes.items()}
+    inputs = torch.randn(16, 6 * size, generator=generator)
     projected = {"full rank": (), "low rank": ("tall", "wide"), "mixed": ("wide",)}[layout]
     groups = [
         {"params": [param for name, param in params.items() if name not in projected]},

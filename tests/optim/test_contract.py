@@ -33,6 +33,7 @@ from torch.testing._internal.common_optimizers import (
 )
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from hf_galore.subspace import SUBSPACES
 
 
 def adam_inputs(device, dtype=None):
@@ -294,12 +295,17 @@ def test_zero_grad(cls, layout, set_to_none):
 # Saving, loading, copies.
 
 
-@each_layout
+@pytest.mark.parametrize(
+    ("layout", "subspace"),
+    [("full rank", "svd"), *((layout, name) for layout in ("low rank", "mixed") for name in SUBSPACES)],
+)
 @each_input
-def test_save_and_load_continues_bit_for_bit(cls, options, layout):
-    task, optimizer = make(cls, layout, torch.bfloat16, options=copy.deepcopy(options))
+def test_save_and_load_continues_bit_for_bit(cls, options, layout, subspace):
+    """Whatever the basis method: its seed is a function of the step, and its start the basis that was saved."""
+    changes = {"subspace": subspace, "size": 4}  # large enough for `randomized` to be itself
+    task, optimizer = make(cls, layout, torch.bfloat16, options=copy.deepcopy(options), **changes)
     train(task, optimizer, 4)  # the next refresh is at step 6
-    other, resumed = make(cls, layout, torch.bfloat16, options=copy.deepcopy(options), seed=1)
+    other, resumed = make(cls, layout, torch.bfloat16, options=copy.deepcopy(options), seed=1, **changes)
     with torch.no_grad():
         for name, param in other.params.items():
             param.copy_(task.params[name])

@@ -42,9 +42,9 @@ RULES = {
 }
 
 
-def svd_in_float32(grad, rank, side, previous):
+def svd_in_float32(grad, rank, side, previous, seed):
     """The basis as galore-torch takes it: from the gradient rounded to float32, also for float64 gradients."""
-    basis, values = subspace.svd(grad.float(), rank, side, previous)
+    basis, values = subspace.svd(grad.float(), rank, side, previous, seed)
     return basis.to(grad.dtype), values
 
 
