@@ -1,9 +1,13 @@
 """Glue between hf_galore and the libraries around it: one file per library, no mathematics."""
 
+import sys
 from importlib import import_module
-from importlib.util import find_spec
+
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from hf_galore.integrations import transformers as _transformers
+
+_BITSANDBYTES = "hf_galore.integrations.bitsandbytes"
 
 
 def register() -> None:
@@ -12,15 +16,15 @@ def register() -> None:
     Idempotent; `unregister` undoes it exactly.
     """
     _transformers.register()
-    if find_spec("bitsandbytes") is not None:
-        import_module("hf_galore.integrations.bitsandbytes").register()
+    if is_bitsandbytes_available():
+        import_module(_BITSANDBYTES).register()
 
 
 def unregister() -> None:
     """Restores everything as it was before `register`. Does nothing if it is not registered."""
     _transformers.unregister()
-    if find_spec("bitsandbytes") is not None:
-        import_module("hf_galore.integrations.bitsandbytes").unregister()
+    if _BITSANDBYTES in sys.modules:
+        sys.modules[_BITSANDBYTES].unregister()
 
 
 __all__ = ["register", "unregister"]

@@ -53,15 +53,19 @@ class Run(NamedTuple):
     rate: float
 
 
-FULL = [
+LOW = 1 / 8
+RUNS = [
     Run("float32", "none", 1.0),
     Run("bfloat16", "stochastic", 1.0),
     Run("int8", "stochastic", 1.0),
     Run("nf4", "stochastic", 1.0),
     Run("nf4", "nearest", 1.0),
     Run("nf4", "frozen", 1.0),
+    Run("float32", "none", LOW),
+    Run("nf4", "stochastic", LOW),
+    Run("nf4", "frozen", LOW),
 ]
-LOW = [Run("float32", "none", 0.125), Run("nf4", "stochastic", 0.125), Run("nf4", "frozen", 0.125)]
+FORMATS = sorted({run.matrices for run in RUNS})
 
 
 def main() -> None:
@@ -71,15 +75,17 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of weights, split and order of the data")
     parser.add_argument("--pretrain_steps", type=int, default=300, help="in float32")
     parser.add_argument("--steps", type=int, default=100, help="that each run goes on for")
+    parser.add_argument("--matrices", nargs="+", choices=FORMATS, default=FORMATS, help="the formats to run")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1.0, LOW], help="the first rates, as parts of LR")
     parser.add_argument("--folder", type=Path, default=Path("runs/quantized_base"), help="of the pretrained models")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the CSV")
     options = parser.parse_args()
 
     hf_galore.register()
     for seed in options.seeds:
-        done = finished(options.results, seed)
-        for run in (*FULL, *LOW):
-            if run not in done:
+        done = finished(options, seed)
+        for run in RUNS:
+            if run.matrices in options.matrices and run.rate in options.rates and run not in done:
                 append(options, run, seed, go_on(options, run, seed))
 
 
@@ -174,13 +180,17 @@ def tokens_of(blocks: Blocks, indices: Sequence[int]) -> torch.Tensor:
     return torch.stack([blocks[index]["input_ids"] for index in indices])
 
 
-def finished(path: Path, seed: int) -> set[Run]:
-    """The runs of `seed` that the CSV holds."""
-    if not path.exists():
+def finished(options: argparse.Namespace, seed: int) -> set[Run]:
+    """The runs of `seed` and of this length that the CSV holds."""
+    if not options.results.exists():
         return set()
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["seed"]) == seed]
+    wanted = (seed, options.pretrain_steps, options.steps)
+    with options.results.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if tuple(int(row[n]) for n in _LENGTHS) == wanted]
     return {Run(row["matrices"], row["rounding"], float(row["rate"])) for row in rows}
+
+
+_LENGTHS = ("seed", "pretrain_steps", "steps")
 
 
 def append(options: argparse.Namespace, run: Run, seed: int, result: dict) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+import hf_galore.integrations
 from hf_galore import GaLoreAdamW, galore_param_groups
 from hf_galore.frozen_weight import QUANTIZED, frozen_weight
 from hf_galore.integrations import bitsandbytes as ours
@@ -566,7 +567,23 @@ def test_a_state_dict_quantized_in_another_way_is_refused(other):
         model.load_state_dict(stack(FORMATS[other]).state_dict(), strict=False)
 
 
-# What is refused.
+# Who is registered, and what is refused.
+
+
+def test_register_and_unregister(monkeypatch):
+    """Through the door of the package; and without bitsandbytes, or with one too old, only the Trainer is."""
+    layers = {bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4, bnb.nn.Linear8bitLt}
+    ours.unregister()
+    hf_galore.unregister()
+    before = dict(QUANTIZED)
+    for installed, expected in ((True, layers), (False, set())):
+        monkeypatch.setattr(hf_galore.integrations, "is_bitsandbytes_available", lambda installed=installed: installed)
+        hf_galore.register()
+        hf_galore.register()
+        assert QUANTIZED.keys() - before.keys() == expected
+        hf_galore.unregister()
+        assert before == QUANTIZED
+        hf_galore.unregister()
 
 
 @each_format

@@ -137,7 +137,7 @@ def test_other_quantizations_are_refused_as_before(ours, tmp_path):
 def test_a_compiled_quantized_model_is_refused_as_before(checkpoint, ours, tmp_path):
     model = quantized(checkpoint, CONFIGS["nf4"])
     object.__setattr__(model, "_orig_mod", model)
-    with pytest.raises(ValueError, match="cannot fine-tune quantized model with `torch.compile"):
+    with pytest.raises(ValueError, match=r"cannot fine-tune quantized model with `torch\.compile"):
         Run("galore_adamw_layerwise", tmp_path).trainer(model)
 
 
