@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+_CELLS = 512
 _TINY = 1e-38  # in place of the scale of a block of zeros
 
 
@@ -27,10 +28,34 @@ def round_to_levels(values: Tensor, levels: Tensor, bits: Tensor | None) -> Tens
     """
     if bits is None:
         return torch.bucketize(values, (levels[:-1] + levels[1:]) / 2, out_int32=True)
-    below = torch.bucketize(values, levels[1:-1], out_int32=True, right=True)
+    below = _rank(values, levels)
     steps = 65536 / (levels[1:] - levels[:-1]).clamp(min=_TINY)
-    above = values.sub(levels[below]).mul_(steps[below]).round_() > bits
+    above = values.sub(_look_up(levels, below)).mul_(_look_up(steps, below)).round_() > bits
     return below.add_(above)
+
+
+def _rank(values: Tensor, levels: Tensor) -> Tensor:
+    """The index of the last level, but for the very last, that is not above the value; the first for values below.
+
+    On a CPU a binary search takes ten times as long as a table of cells with at most one inner level each. There a
+    value within a rounding error of a level may count as on it.
+    """
+    inner = levels[1:-1]
+    if values.device.type == "cpu" and len(levels) <= 16 and values.numel() > _CELLS:
+        edges = torch.linspace(float(levels[0]), float(levels[-1]), _CELLS + 1)
+        start = torch.bucketize(edges, inner, out_int32=True, right=True)[:-1]
+        if (torch.bucketize(edges, inner, out_int32=True)[1:] - start).max() <= 1:
+            cells = values.sub(levels[0]).mul_(_CELLS / (levels[-1] - levels[0])).clamp_(0, _CELLS - 1)
+            cells = cells.nan_to_num_(_CELLS - 1).int()
+            next_level = levels[1:].clone()
+            next_level[-1] = torch.inf
+            return _look_up(start, cells).add_(values >= _look_up(next_level[start], cells))
+    return torch.bucketize(values, inner, out_int32=True, right=True)
+
+
+def _look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """table[indices], which takes five times as long on a CPU."""
+    return table.index_select(0, indices.reshape(-1)).view(indices.shape)
 
 
 def round_to_integers(values: Tensor, limit: int, bits: Tensor | None) -> Tensor:

@@ -128,7 +128,7 @@ class Weight4bit:
             if len(values) % 2:  # the last byte is half empty
                 values, bits = pad(values, (0, 1)), None if bits is None else pad(bits, (0, 1))
             ranks, maxima = quantize_blocks(values, size, levels, bits)
-            new = code_of[ranks].to(torch.uint8)
+            new = code_of.to(torch.uint8).index_select(0, ranks)
             part.copy_((new[::2] << 4) | new[1::2])
             blocks.copy_(maxima)
         _keep_scales(state, scales, key)

@@ -81,6 +81,24 @@ def test_blocks(levels, count):
         assert ((levels[ranks] * of - values).abs() <= share * gap * of * (1 + 1e-5)).all()
 
 
+@each_book
+@pytest.mark.parametrize("how", ["random", "on levels", "near levels"])
+def test_many_values_at_once_are_rounded_as_few_are(levels, how):
+    """Many take another way, which may differ for a value within a rounding error of a level, and then by that."""
+    values = {
+        "random": torch.rand(20_000) * 2.2 - 1.1,
+        "on levels": levels.repeat(2000),
+        "near levels": (levels.repeat(2000) * (1 + torch.randn(2000 * len(levels)) * 1e-7)),
+    }[how]
+    random = bits(len(values))
+    many = levels[round_to_levels(values, levels, random)]
+    parts = zip(values.split(100), random.split(100), strict=True)
+    few = levels[torch.cat([round_to_levels(part, levels, its) for part, its in parts])]
+    assert torch.equal(many, few)
+    values[7] = float("nan")
+    assert 0 <= round_to_levels(values, levels, random)[7] < len(levels)
+
+
 def test_blocks_of_zeros_and_with_a_nan():
     levels = BOOKS["uneven"]
     values = torch.randn(192)
