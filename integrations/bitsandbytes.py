@@ -11,6 +11,9 @@ included, they do with the trained weight.
                   reaches from −0.993 to 1 and is bitsandbytes' own).
     Linear8bitLt  int8 codes with a scale for each row.
 
+The noise: a value on a level that a fold moves by δ, with its update or because its scale has moved, gets a variance
+of about |δ| times the gap. It adds up over the folds; to nearest there would be none, and small updates would be lost.
+
 The forward is that of a linear layer with the decoded W, in training and in evaluation; in the dtype of autocast, else
 in the layer's `compute_dtype`, else in its input's. Once the model is the user's own again, bitsandbytes' forward may
 differ from that. Its Linear8bitLt quantizes the input to 8 bits, except columns above `threshold` (on a CPU only in
