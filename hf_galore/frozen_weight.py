@@ -32,7 +32,11 @@ class FrozenWeight(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of W; for a quantized weight that of W before it was quantized."""
+        """Of W; for a quantized weight that of W before it was quantized, or of what it decodes to."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """What the module computes in, whatever its input's dtype; None: in that of its input."""
 
     def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
         """W ← beta·W + alpha·left (m, k) @ right (k, n), in place; rounded stochastically if there is a key."""
@@ -42,6 +46,7 @@ class PlainWeight:
     """A floating-point weight, (m, n), or (n, m) where the module stores it transposed (Conv1D)."""
 
     decode = None
+    compute_dtype = None
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.transposed = module, is_conv1d(module)
@@ -73,7 +78,14 @@ QUANTIZED: dict[type[nn.Module], Callable[[nn.Module], FrozenWeight]] = {}
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether the module is a quantized layer that we can train."""
-    return type(module) in QUANTIZED
+    return type(module) in QUANTIZED and holds_codes(module)
+
+
+def holds_codes(module: nn.Module) -> bool:
+    """Whether this is one of bitsandbytes' linear layers with a quantized weight, trainable by us or not."""
+    weight = getattr(module, "weight", None)
+    kinds = {cls.__name__ for cls in type(weight).__mro__} & {"Params4bit", "Int8Params"}
+    return isinstance(module, nn.Linear) and bool(kinds) and not getattr(weight, "has_fp16_weights", False)
 
 
 def frozen_weight(module: nn.Module) -> FrozenWeight:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_galore.frozen_weight import frozen_weight, is_quantized
+from hf_galore.frozen_weight import frozen_weight, holds_codes, is_quantized
 from hf_galore.lowrank_basis import LayerBasis
 from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings
 from hf_galore.lowrank_steps import OptimizerSteps
@@ -172,7 +172,7 @@ class LowRankBackward:
         for layer, module in self._modules():
             layer.update.grad = None
             del module.forward, module._parameters[UPDATE]
-            module.weight.requires_grad_(not is_quantized(module))
+            module.weight.requires_grad_(not holds_codes(module))
 
     def _modules(self) -> list[tuple[LowRankLayer, nn.Module]]:
         return [(layer, module) for layer in self.layers.values() for module in layer.modules]
@@ -254,7 +254,8 @@ def enable(
             input: True for the usual ones (q/k/v, gate/up), or lists of names. It needs `streaming` and `right`.
 
     Raises:
-        ValueError: an option is unknown or does not go with another, or nothing can be swapped.
+        ValueError: an option is unknown or does not go with another, nothing can be swapped, or a target is quantized
+            in a way that cannot be trained (without `hf_galore.register()` every one).
     """
     settings = Settings(
         rank,
@@ -273,8 +274,9 @@ def enable(
         share_inputs,
     )
     disable(model)
-    targets = find_targets(model, target_modules, is_quantized)
+    targets = find_targets(model, target_modules, holds_codes)
     modules = swappable(model, targets)
+    _refuse_codes(model, targets, modules)
     if not modules:
         raise ValueError(f"target_modules={target_modules!r}: none of the {len(targets)} targets can be swapped")
     engine = LowRankBackward(model, settings)
@@ -293,6 +295,22 @@ def enable(
     engine.warn_of_full_gradients()
     engine.install()
     return engine
+
+
+def _refuse_codes(model: nn.Module, targets: set[str], swapped: Sequence[nn.Module]) -> None:
+    """Raises for a quantized target that is not swapped: no optimizer could train its codes."""
+    for name, module in model.named_modules():
+        if f"{name}.weight" in targets and holds_codes(module) and module not in swapped:
+            kind = type(module).__name__
+            if not is_quantized(module):
+                raise ValueError(
+                    f"target_modules: {name!r} is quantized ({kind}). Call hf_galore.register() first, which makes "
+                    "the layers of bitsandbytes trainable, or leave it out"
+                )
+            raise ValueError(
+                f"target_modules: {name!r} is quantized ({kind}) and cannot be trained, because it is the output head "
+                "or its forward has been replaced (by the hooks of a model on several devices, for example)"
+            )
 
 
 def disable(model: nn.Module) -> None:

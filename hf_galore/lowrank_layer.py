@@ -127,20 +127,24 @@ class LowRankLayer:
         given = x
         bias: Any = module.bias
         device = x.device.type
+        back = None  # the dtype of y, where that is not the one it is computed in
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
+        elif self.weight.compute_dtype is not None:
+            x, back = x.to(self.weight.compute_dtype), x.dtype
         bias = None if bias is None else bias.to(x.dtype)
         weight, decode = self.weight.stored, self.weight.decode
         if not (torch.is_grad_enabled() or self.pending):
-            return nn.functional.linear(x, (weight if decode is None else decode(weight)).to(x.dtype), bias)
+            y = nn.functional.linear(x, (weight if decode is None else decode(weight)).to(x.dtype), bias)
+            return y if back is None else y.to(back)
         product = product_dtype(x.dtype, x.device) if device == "cpu" else x.dtype
         basis = self.basis.matrix.to(device=x.device, dtype=product)
         kept = self.basis.project(given, x, basis) if self.right else x.detach()
         numbers = (self.right, self.decay, self.settings.scale, self.pending)
-        y: Tensor = ProjectedLinear.apply(x, weight, decode, bias, self.update, kept, basis, *numbers)
+        y = ProjectedLinear.apply(x, weight, decode, bias, self.update, kept, basis, *numbers)
         if self.basis.tapping and y.requires_grad:
             y = TapGradient.apply(y, x.detach(), self._receive)
-        return y
+        return y if back is None else y.to(back)
 
     def _receive(self, x: Tensor, gy: Tensor) -> None:
         self.basis.receive(self, x, gy)

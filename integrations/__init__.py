@@ -1,5 +1,30 @@
 """Glue between hf_galore and the libraries around it: one file per library, no mathematics."""
 
-from hf_galore.integrations.transformers import register, unregister
+import sys
+from importlib import import_module
+
+from transformers.utils.import_utils import is_bitsandbytes_available
+
+from hf_galore.integrations import transformers as _transformers
+
+_BITSANDBYTES = "hf_galore.integrations.bitsandbytes"
+
+
+def register() -> None:
+    """Makes transformers' Trainer use hf_galore, and quantized layers of bitsandbytes trainable if it is installed.
+
+    Idempotent; `unregister` undoes it exactly.
+    """
+    _transformers.register()
+    if is_bitsandbytes_available():
+        import_module(_BITSANDBYTES).register()
+
+
+def unregister() -> None:
+    """Restores everything as it was before `register`. Does nothing if it is not registered."""
+    _transformers.unregister()
+    if _BITSANDBYTES in sys.modules:
+        sys.modules[_BITSANDBYTES].unregister()
+
 
 __all__ = ["register", "unregister"]

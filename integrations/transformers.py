@@ -4,9 +4,12 @@
 there; `unregister` puts exactly that back.
 """
 
+import functools
 import pickle
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,9 +19,11 @@ from torch import nn
 from transformers import trainer as hf_trainer
 from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames, ParallelMode, TrainingArguments
+from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.import_utils import is_galore_torch_available as _asks_for_galore_torch
+from transformers.utils.quantization_config import QuantizationMethod
 
-from hf_galore.frozen_weight import is_quantized
+from hf_galore.frozen_weight import holds_codes
 from hf_galore.lowrank_backward import disable, enable
 from hf_galore.optim.adafactor import GaLoreAdafactor
 from hf_galore.optim.adamw import GaLoreAdamW
@@ -51,8 +56,9 @@ def register() -> None:
     registry.update(dict.fromkeys(OPTIMIZERS, _galore_optimizer))
     registry.update(dict.fromkeys(LAYERWISE, _layerwise_optimizer))
     _replace(hf_trainer, "_parse_optim_args", _parse_optim_args)
-    for method in (_create_optimizer, _train, _load_optimizer_and_scheduler):
-        name = method.__name__ if hasattr(hf_trainer.Trainer, method.__name__) else method.__name__[1:]
+    _replace(hf_trainer, "validate_quantization_for_training", _validate_quantization_for_training)
+    functools.update_wrapper(_init, hf_trainer.Trainer.__init__, assigned=())  # keeps its signature
+    for name, method in _METHODS.items():
         _replace(hf_trainer.Trainer, name, method)
     _swap_guard(_asks_for_galore_torch, _is_galore_torch_available)
 
@@ -110,7 +116,7 @@ def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, 
     """
     optimizer_class, kwargs, low_rank = _read(ctx, LAYERWISE, {**_GROUP_KEYS, **_LAYERWISE_KEYS})
     target_modules = ctx.args.optim_target_modules
-    targets = find_targets(_model(ctx), target_modules, is_quantized)  # raises for names that match nothing
+    targets = find_targets(_model(ctx), target_modules, holds_codes)  # raises for names that match nothing
     warn_of_a_small_share(_model(ctx), targets, target_modules)
     low_rank["gradient_accumulation_steps"] = ctx.args.gradient_accumulation_steps
     shared = {key: kwargs[key] for key in ("state_dtype", "stochastic_rounding", "seed") if key in kwargs}
@@ -285,3 +291,60 @@ def _load_optimizer_and_scheduler(self: hf_trainer.Trainer, checkpoint: str | No
         if "galore_torch" not in str(error):
             raise
         raise ValueError(f"{checkpoint}: {GALORE_TORCH_STATE}") from error
+
+
+# A model that bitsandbytes has quantized trains without adapters under the layerwise names, and only under those.
+
+_trains_codes: ContextVar[bool] = ContextVar("hf_galore_trains_codes", default=False)
+
+
+def _init(
+    self: hf_trainer.Trainer, model: Any = None, args: TrainingArguments | None = None, *rest: Any, **kw: Any
+) -> None:
+    """The Trainer's method, which asks whether a quantized model can be trained."""
+    token = _trains_codes.set(args is not None and OptimizerNames(args.optim) in LAYERWISE)
+    try:
+        _original("__init__")(self, model, args, *rest, **kw)
+    finally:
+        _trains_codes.reset(token)
+
+
+def _validate_quantization_for_training(model: nn.Module) -> None:
+    """transformers' check, but for what the projected backward trains."""
+    if not (_trains_codes.get() and _is_from_bitsandbytes(model)) or hasattr(model, "_orig_mod"):
+        _original("validate_quantization_for_training")(model)
+
+
+def _is_from_bitsandbytes(model: Any) -> bool:
+    method = getattr(model, "quantization_method", None)
+    return bool(method == QuantizationMethod.BITS_AND_BYTES) and is_bitsandbytes_available()
+
+
+def _load_from_checkpoint(self: hf_trainer.Trainer, checkpoint: str, model: nn.Module | None = None) -> None:
+    """The Trainer's method, which would load the codes of 4-bit weights without their scales."""
+    with _loading_scales(self.model if model is None else model):
+        _original("_load_from_checkpoint")(self, checkpoint, model)
+
+
+def _load_best_model(self: hf_trainer.Trainer) -> None:
+    """As `_load_from_checkpoint`."""
+    with _loading_scales(self.model):
+        _original("_load_best_model")(self)
+
+
+def _loading_scales(model: Any) -> AbstractContextManager[None]:
+    if not _is_from_bitsandbytes(model):
+        return nullcontext()
+    from hf_galore.integrations.bitsandbytes import loading_scales
+
+    return loading_scales(model)
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "__init__": _init,
+    "create_optimizer": _create_optimizer,
+    "train": _train,
+    "_load_from_checkpoint": _load_from_checkpoint,
+    "_load_best_model": _load_best_model,
+    "_load_optimizer_and_scheduler": _load_optimizer_and_scheduler,
+}

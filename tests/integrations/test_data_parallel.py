@@ -15,6 +15,7 @@ import trainer_cases
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from trainer_cases import LAYERWISE, NAMES, Run, assert_same, llama, logged, state_of, weights
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_galore
 
@@ -31,6 +32,16 @@ def train(method: str, precision: str, folder: Path, samples: int) -> dict:
     states = {f"{name}/{key}": value for name, state in state_of(trainer).items() for key, value in state.items()}
     wrapped = type(trainer.model_wrapped).__name__
     return {"weights": weights(trainer.model), "states": states, "wrapped": wrapped, "losses": logged(trainer, "loss")}
+
+
+def train_quantized(folder: Path) -> dict:
+    """The state dicts, codes and scales included, of a model in NF4 before and after a run."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama", quantization_config=config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = Run(LAYERWISE[0], folder).train(model, max_steps=STEPS)
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    return {"before": before, "after": dict(model.state_dict())}
 
 
 def refusal_of_fsdp(folder: Path) -> str:
@@ -59,6 +70,7 @@ def main(output: Path) -> None:
     results = {
         (method, precision): train(method, precision, output, 2) for method in NAMES for precision in PRECISIONS
     }
+    results["nf4"] = train_quantized(output)
     results["exact"] = refusal_of_exact(output)
     results["fsdp"] = refusal_of_fsdp(output)
     torch.save(results, output / f"rank{os.environ['RANK']}.pt")
@@ -68,6 +80,7 @@ def main(output: Path) -> None:
 def ranks(tmp_path_factory):
     """What the two ranks wrote."""
     output = tmp_path_factory.mktemp("ranks")
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(output / "llama")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
     process = subprocess.run(
         [*torchrun, __file__, str(output)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
@@ -97,6 +110,15 @@ def test_two_ranks_are_one_process_with_twice_the_batch(ranks, method, ours, tmp
     for name, expected in alone["weights"].items():
         torch.testing.assert_close(ranks[0][method, "float64"]["weights"][name], expected, rtol=0.0, atol=1e-10)
     assert ranks[0][method, "float64"]["losses"] == pytest.approx(alone["losses"], rel=1e-6)  # losses are float32
+
+
+def test_ranks_agree_on_quantized_weights(ranks):
+    """Each rank quantizes on its own, with the same random bits."""
+    one, other = (rank["nf4"] for rank in ranks)
+    assert_same(one["after"], other["after"])
+    codes = [name for name, value in one["after"].items() if name.endswith(".weight") and value.dtype == torch.uint8]
+    assert len(codes) == 14
+    assert not [name for name in codes if torch.equal(one["before"][name], one["after"][name])]
 
 
 def test_exact_refreshes_are_refused(ranks):

@@ -20,7 +20,9 @@ import hf_galore
 UPSTREAM_NAMES = [name.value for name in OptimizerNames if name.value.startswith("galore")]
 GUARDS = ["transformers.utils", "transformers.utils.import_utils", "transformers.trainer_optimizer"]
 TESTING = "transformers.testing_utils"
-TRAINER_METHODS = {"train", "create_optimizer", "_load_optimizer_and_scheduler"}
+TRAINER_METHODS = {"__init__", "train", "create_optimizer"} | {
+    f"_load_{what}" for what in ("from_checkpoint", "best_model", "optimizer_and_scheduler")
+}
 
 
 @pytest.fixture(autouse=True)
