@@ -102,7 +102,7 @@ class LowRankLayer:
         shape = (m, self.rank) if self.right else (self.rank, n)
         stored = self.weight.stored
         self.update = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=stored.device))
-        self.rest()
+        self.attached = False  # to an optimizer, whose steps wake B and fold it
         self.basis: LayerBasis  # it sets both of these
         self.test_matrix: Tensor | None  # U, its rows of the basis's orthonormal test matrix; None if no sketch is due
         self._listen()
@@ -174,9 +174,10 @@ class LowRankLayer:
     def rest(self) -> None:
         """Gives up the storage of B, which is zero from one step to the next: one element stands for all.
 
-        Not where B is pending between folds, nor among several ranks, whose engines write to every parameter.
+        Not where nobody would wake it, nor where it is pending between folds, nor among several ranks, whose engines
+        write to every parameter.
         """
-        if self.settings.fold_every == 1 and not several_ranks():
+        if self.attached and self.settings.fold_every == 1 and not several_ranks():
             self.update.data = self.update.new_zeros(()).expand(self.update.shape)
 
     def wake(self) -> nn.Parameter:

@@ -46,6 +46,10 @@ class OptimizerSteps:
             raise ValueError("optimizer: scale_parameter=True would measure the small parameters; pass False")
         self._first = True
         self._loaded: dict[int, dict[str, Any]] = {}
+        for layer in engine.layers.values():
+            layer.attached = True
+            layer.fold()
+            layer.rest()
         optimizer.register_step_pre_hook(lambda *_: self._before_step())
         optimizer.register_step_post_hook(lambda *_: self._after_step())
         optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._keep(state_dict))

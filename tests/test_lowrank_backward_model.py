@@ -266,6 +266,8 @@ def test_two_models_side_by_side():
 
 def test_between_steps_the_small_parameters_hold_no_memory():
     """B is zero from one step to the next, so one element stands for it; to torch it looks as ever."""
+    model = STACK.model()
+    assert all(layer.update.is_contiguous() for layer in enable(model, rank=RANK).layers.values())  # nobody steps it
     model, optimizer, engine = on_engine(STACK)
 
     def check():
