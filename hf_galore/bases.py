@@ -183,7 +183,7 @@ def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return left, values, right
 
 
-def spectral_norm(matrix: Tensor, iterations: int = 8) -> Tensor:
+def spectral_norm(matrix: Tensor, iterations: int = 16) -> Tensor:
     """‖G‖₂ (...) of matrices (..., m, n), from below: subspace iteration with 8 columns from a fixed start."""
     width = min(8, *matrix.shape[-2:])
     test = normal((matrix.shape[-1], width), matrix, seeded(0))

@@ -38,7 +38,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         R = project(G);  N = rule(R);  W ← (1 − lr·weight_decay)·W − lr·scale·back(N)
 
     Group keys, as in galore-torch: `rank` (projected if present), `update_proj_gap`, `scale`, `proj_type` (std,
-    reverse_std, right, left, full). Ours: `subspace` (svd), `state_dtype` (None: float32, and float64 for float64
+    reverse_std, right, left, full). Ours: `subspace` (svd, randomized, gram,
+    random), `state_dtype` (None: float32, and float64 for float64
     parameters; or bfloat16), `stochastic_rounding` (of bfloat16 weights and states), `seed`.
     State of a parameter, created at its first step: `step`, the rule's moments, `basis`. Tensors only.
 
