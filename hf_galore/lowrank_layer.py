@@ -151,14 +151,18 @@ class LowRankLayer:
 
     def fold(self) -> None:
         """W ← decay·W + scale·back(B), B ← 0."""
-        if not self.pending:
-            return
-        left, right = self.side.factors(self.update.detach().to(self.work), self.basis.matrix.to(self.work))
-        key = None
-        if self.settings.stochastic_rounding:
-            key = RoundingKey(self.settings.seed, self.basis.steps, self.index)
-        self.weight.add_lowrank_(left, right, alpha=self.settings.scale, beta=self.decay, key=key)
-        self.drop()
+        if self.pending:
+            self._add(self.update.detach().to(self.work), self.decay, self.basis.steps)
+            self.drop()
+
+    def write_back(self, delta: Tensor, beta: float) -> None:
+        """W ← beta·W + scale·back(delta): a step and its fold at once, with B left at zero. During the step."""
+        self._add(delta, beta, self.basis.steps + 1)
+
+    def _add(self, delta: Tensor, beta: float, step: int) -> None:
+        left, right = self.side.factors(delta, self.basis.matrix.to(self.work))
+        key = RoundingKey(self.settings.seed, step, self.index) if self.settings.stochastic_rounding else None
+        self.weight.add_lowrank_(left, right, alpha=self.settings.scale, beta=beta, key=key)
 
     def fold_first(self, *_: Any) -> None:
         """`fold` as a hook."""

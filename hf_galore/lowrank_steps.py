@@ -50,6 +50,9 @@ class OptimizerSteps:
             layer.attached = True
             layer.fold()
             layer.rest()
+        self._at_once = isinstance(optimizer, LowRankOptimizer) and engine.settings.fold_every == 1
+        if isinstance(optimizer, LowRankOptimizer) and self._at_once:
+            optimizer.write_backs.update({update: layer.write_back for update, layer in engine.layers.items()})
         optimizer.register_step_pre_hook(lambda *_: self._before_step())
         optimizer.register_step_post_hook(lambda *_: self._after_step())
         optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._keep(state_dict))
@@ -74,7 +77,7 @@ class OptimizerSteps:
         for basis, stepping in self._stepping().items():
             if basis.candidate is not None:
                 self._adopt(basis)
-            for layer in stepping:
+            for layer in stepping if not self._at_once else ():
                 layer.wake()
 
     def _after_step(self) -> None:
@@ -82,10 +85,11 @@ class OptimizerSteps:
         for basis, stepped in self._stepping().items():
             basis.steps += 1
             for layer in stepped:
-                layer.pending, layer.uses = True, 0
-                group = groups[layer.update]
-                if group.get("weight_decay"):
-                    layer.decay *= 1.0 - self._rate(layer, group) * group["weight_decay"]
+                layer.uses = 0
+                if not self._at_once:
+                    group = groups[layer.update]
+                    layer.pending = True
+                    layer.decay *= 1.0 - self._rate(layer, group) * (group.get("weight_decay") or 0.0)
             basis.finish_sketch()
             if basis.candidate is not None:
                 self._adopt(basis)

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hf_galore.rounding import RoundingKey, random_bits, round_stochastic
+from hf_galore.rounding import RoundingKey, bits_of, random_words, round_stochastic
 
 BLOCK_ELEMENTS = 1 << 18  # a few float32 temporaries of this size stay in a CPU's second-level cache
+_PRODUCT_ELEMENTS = 1 << 20  # what is widened for a product at a time: larger pieces multiply faster
 
 
 def _cpu_multiplies_bfloat16() -> bool:
@@ -47,10 +48,10 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.dim() > 2:
         return torch.stack([matmul(x, y) for x, y in zip(a, b, strict=True)])
     if a.dtype.itemsize < b.dtype.itemsize:
-        step = max(1, BLOCK_ELEMENTS // a.shape[1])
+        step = max(1, _PRODUCT_ELEMENTS // a.shape[1])
         return torch.cat([block.to(b.dtype) @ b for block in a.split(step)])
     result = a.new_zeros(a.shape[0], b.shape[1])
-    step = max(1, BLOCK_ELEMENTS // b.shape[1])
+    step = max(1, _PRODUCT_ELEMENTS // b.shape[1])
     for columns, block in zip(a.split(step, dim=1), b.split(step), strict=True):
         result.addmm_(columns, block.to(a.dtype))
     return result
@@ -136,10 +137,10 @@ def _round_rows_(
     """
     height, width = target.shape
     step = max(1, BLOCK_ELEMENTS // width)
+    words = None
+    if key is not None and target.dtype == torch.bfloat16:
+        words = random_words(key, range(first_row, first_row + height), width, target.device)
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         block = new_rows(rows)
-        if key is not None and target.dtype == torch.bfloat16:
-            numbers = range(first_row + rows.start, first_row + rows.stop)
-            block = round_stochastic(block, random_bits(key, numbers, width, target.device))
-        target[rows] = block
+        target[rows] = block if words is None else round_stochastic(block, bits_of(words[0][rows], words[1]))

@@ -32,25 +32,36 @@ def mix64(*numbers: int) -> int:
     return state
 
 
-def _odd_words(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """`count` hashed odd 32-bit words (int32), the i-th a function of key and start + i alone."""
-    z = torch.arange(start, start + count, dtype=torch.int64, device=device)
-    z = z * -7046029254386353131 + (key - (1 << 64) if key >> 63 else key)
+def random_words(key: RoundingKey, rows: range, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Hashed odd 32-bit words (int32): one for each row, (len(rows),), and one for each column, (cols,).
+
+    A word is a function of the key, of whether it is a row's or a column's, and of its number.
+    """
+    keys = [mix64(*key, which) for which in (0, 1)]
+    z = torch.cat([torch.arange(rows.start, rows.stop, device=device), torch.arange(cols, device=device)])
+    z *= -7046029254386353131
+    parts = z.split([len(rows), cols])
+    for part, number in zip(parts, keys, strict=True):
+        part += number - (1 << 64) if number >> 63 else number
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return ((z >> 32) | 1).to(torch.int32)
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))).mul_(factor)
+    row_words, col_words = ((z >> 32) | 1).to(torch.int32).split([len(rows), cols])
+    return row_words, col_words
+
+
+def bits_of(row_words: Tensor, col_words: Tensor) -> Tensor:
+    """16 random bits for each element of these rows: int32 (rows, cols) in [0, 65535].
+
+    Element (i, j) gets the upper half of row_word(i) · col_word(j) mod 2³²: one multiplication for each element.
+    Uniform for each element, and pairwise uncorrelated (tests/test_rounding.py).
+    """
+    products = row_words[:, None] * col_words
+    return products.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def random_bits(key: RoundingKey, rows: range, cols: int, device: torch.device) -> Tensor:
-    """16 random bits for each element of rows `rows` of a (…, cols) matrix: int32 (len(rows), cols) in [0, 65535].
-
-    Element (i, j) gets the upper half of row_word(i) · col_word(j) mod 2³², where the words are hashed and odd: one
-    multiplication for each element. Uniform for each element, and pairwise uncorrelated (tests/test_rounding.py).
-    """
-    row_words = _odd_words(mix64(*key, 0), rows.start, len(rows), device)
-    col_words = _odd_words(mix64(*key, 1), 0, cols, device)
-    products = row_words[:, None] * col_words
-    return products.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    """`bits_of` rows `rows` of a (…, cols) matrix."""
+    return bits_of(*random_words(key, rows, cols, device))
 
 
 def round_stochastic(values: Tensor, bits: Tensor) -> Tensor:

@@ -38,9 +38,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         R = project(G);  N = rule(R);  W ← (1 − lr·weight_decay)·W − lr·scale·back(N)
 
     Group keys, as in galore-torch: `rank` (projected if present), `update_proj_gap`, `scale`, `proj_type` (std,
-    reverse_std, right, left, full). Ours: `subspace` (svd, randomized, gram,
-    random), `state_dtype` (None: float32, and float64 for float64
-    parameters; or bfloat16), `stochastic_rounding` (of bfloat16 weights and states), `seed`.
+    reverse_std, right, left, full). Ours: `subspace` (svd, randomized, gram, random), `state_dtype` (None: float32,
+    and float64 for float64 parameters; or bfloat16), `stochastic_rounding` (of bfloat16 weights and states), `seed`.
     State of a parameter, created at its first step: `step`, the rule's moments, `basis`. Tensors only.
 
     Raises:
@@ -52,6 +51,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._refresh_seconds = 0.0
         self._warned: set[str] = set()
+        # What takes the step (delta, in working precision) and the decay of a parameter in the parameter's place.
+        self.write_backs: dict[Tensor, Callable[[Tensor, float], None]] = {}
         super().__init__(params, defaults)
 
     # What a rule defines.
@@ -109,6 +110,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_refresh_seconds", 0.0)
         self.__dict__.setdefault("_warned", set())
+        self.__dict__.setdefault("write_backs", {})
         for group in self.param_groups:  # a state dict of an older version may lack keys that came later
             for key, value in (self.defaults | (LOW_RANK_DEFAULTS if group.get("rank") is not None else {})).items():
                 group.setdefault(key, value)
@@ -179,11 +181,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         lr = self.rate(group, done + 1, param)
         beta = 1.0 - lr * group["weight_decay"]
         step = _Step(group, formats, done + 1, lr, number, key if group["stochastic_rounding"] else None)
-        if side is not None:
+        if side is not None or param in self.write_backs:
             delta = torch.zeros(grad.shape, dtype=work, device=param.device)
             self._update(delta, grad, state, step)
-            left, right = side.factors(delta, state["basis"].to(work))
-            add_lowrank_(param, left, right, alpha=group["scale"], beta=beta, key=step.key)
+            if side is None:
+                self.write_backs[param](delta, beta)
+            else:
+                left, right = side.factors(delta, state["basis"].to(work))
+                add_lowrank_(param, left, right, alpha=group["scale"], beta=beta, key=step.key)
             return
         for rows, of_grad, of_state, first_row in self._blocks(param, grad, state, formats):
             if rows.dtype == work and rows.is_contiguous():
