@@ -3,8 +3,9 @@
     python examples/benchmarks/layerwise_throughput.py      # writes results/layerwise_throughput.csv, resumable
 
 A row is a shape, a rank and a dtype of the weights, and is measured in a process of its own. There the methods take
-turns: each trains a fresh model for a few steps on random tokens, several rounds of that, so that what else the
-machine does hits all of them alike. A run has a first step, which does not count, plain steps, and one refresh:
+turns: each trains a fresh model for a few steps on random tokens, several rounds of that. What else a shared machine
+does can only add to a time, so the figure of a run is the lower quartile of its steps, and that of a method its best
+run. A run has a first step, which does not count, plain steps, and one refresh:
 
     time of 200 steps = 200 * plain step + what all the steps that pay for the refresh take beyond plain ones
 
@@ -21,14 +22,14 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -198,15 +199,20 @@ def arguments(row: Row, method: Method, folder: str) -> TrainingArguments:
 
 
 def figures(milliseconds: dict[str, list[float]], refresh_steps: Collection[int]) -> dict[str, float]:
-    """Medians of a plain step and of its parts, and what all steps that pay for a refresh take beyond a plain one.
+    """Of a plain step and its parts the lower quartile, and what all steps that pay for a refresh take beyond one.
 
     The first step is left out: it has the run's warm-up and a refresh in it.
     """
     plain = [step for step in range(1, STEPS) if step not in refresh_steps]
-    typical = {part: median(times[step] for step in plain) for part, times in milliseconds.items()}
+    typical = {part: quartile(times[step] for step in plain) for part, times in milliseconds.items()}
     whole = typical.pop("whole")
     refresh = sum(milliseconds["whole"][step] - whole for step in refresh_steps)
     return {"t_plain_ms": whole, "t_refresh_ms": refresh, **{f"{part}_ms": ms for part, ms in typical.items()}}
+
+
+def quartile(values: Iterable[float]) -> float:
+    """The lower quartile."""
+    return quantiles(values, n=4, method="inclusive")[0]
 
 
 # One row.
@@ -268,16 +274,17 @@ def ideal_ratio(row: Row) -> float:
 
 
 def lines_of(row: Row, found: dict[str, list[dict[str, float]]]) -> Iterator[dict[str, Any]]:
-    """The figures of each method: medians over the rounds, and the ratios within a round."""
+    """The figures of each method's best run, their ratios, and the range of the ratios within a round."""
+    best = {name: {column: min(run[column] for run in runs) for column in TIMES} for name, runs in found.items()}
     speeds = {name: [tokens_per_second(**run) for run in runs] for name, runs in found.items()}
-    for name, runs in found.items():
-        times = {column: median(run[column] for run in runs) for column in TIMES}
-        line = {**row._asdict(), "method": name, **{column: f"{ms:.2f}" for column, ms in times.items()}}
-        line["tokens_per_second"] = f"{tokens_per_second(**times):.1f}"
+    for name in found:
+        line = {**row._asdict(), "method": name, **{column: f"{ms:.2f}" for column, ms in best[name].items()}}
+        line["tokens_per_second"] = f"{tokens_per_second(**best[name]):.1f}"
         for column, baseline in BASELINES.items():
             ratios = [ours / theirs for ours, theirs in zip(speeds[name], speeds[baseline], strict=True)]
-            for end, pick in {"": median, "_min": min, "_max": max}.items():
-                line[f"{column}{end}"] = f"{pick(ratios):.3f}"
+            of_best = tokens_per_second(**best[name]) / tokens_per_second(**best[baseline])
+            for end, ratio in {"": of_best, "_min": min(ratios), "_max": max(ratios)}.items():
+                line[f"{column}{end}"] = f"{ratio:.3f}"
         if name.startswith("galore_adamw_layerwise"):
             line["ideal_ratio"] = f"{ideal_ratio(row):.3f}"
         yield line
@@ -327,7 +334,7 @@ def complete(lines: list[dict[str, Any]]) -> bool:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """The lines in Markdown, without what they were measured with; ratios as median (min to max)."""
+    """The lines in Markdown, without what they were measured with; ratios with their range over the rounds."""
     columns = [name for name in COLUMNS[: COLUMNS.index("rounds")] if not name.endswith(("_min", "_max"))]
     cells = [columns, ["---"] * len(columns)]
     for line in lines:
