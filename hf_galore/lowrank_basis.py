@@ -157,8 +157,8 @@ class LayerBasis:
         if reason is not None:
             shape, step = tuple(self.layers[0].weight.shape), self.steps
             self.engine.warn(
-                f"a basis refresh found that {reason} (parameter of shape {shape}, step {step}): keeping the old basis, "
-                "or taking seeded random directions for what is missing"
+                f"a basis refresh found that {reason} (parameter of shape {shape}, step {step}): keeping the old "
+                "basis, or taking seeded random directions for what is missing"
             )
         return basis.to(self.settings.state_dtype or self.work)
 
