@@ -105,18 +105,21 @@ class LowRankBackward:
         """Warns once for each kind of message (its first words)."""
         warn_once(self._warned, "projected backward", message)
 
-    def add(self, modules: Sequence[nn.Module]) -> None:
-        """Makes layers of the modules, with one basis for all of them; `install` puts them to work."""
-        known = {id(layer.module.weight): layer for layer in self.layers.values()}
-        fresh: dict[int, nn.Module] = {}
-        for module in modules:
-            if id(module.weight) in known:
-                known[id(module.weight)].modules.append(module)
-            else:
-                fresh.setdefault(id(module.weight), module)
-        if not fresh:
-            return
-        weights = [frozen_weight(module) for module in fresh.values()]
+    def add(self, groups: Sequence[Sequence[nn.Module]]) -> None:
+        """Makes layers of the modules, with one basis for each group; `install` puts them to work."""
+        known: dict[int, LowRankLayer] = {}
+        for modules in groups:
+            fresh = {id(module.weight): module for module in modules if id(module.weight) not in known}
+            if fresh:
+                known.update(zip(fresh, self._add(fresh.values()), strict=True))
+            for module in modules:
+                layer = known[id(module.weight)]
+                if module not in layer.modules:
+                    layer.modules.append(module)
+
+    def _add(self, modules: Collection[nn.Module]) -> list[LowRankLayer]:
+        """The layers of modules with weights of their own, which share a basis."""
+        weights = [frozen_weight(module) for module in modules]
         rank = min(self.settings.rank, sum(weight.shape[0] for weight in weights), weights[0].shape[1])
         if rank < self.settings.rank:
             self.warn(
@@ -124,10 +127,11 @@ class LowRankBackward:
             )
         layers = [
             LowRankLayer(module, weight, rank, len(self.layers) + number, self.settings)
-            for number, (module, weight) in enumerate(zip(fresh.values(), weights, strict=True))
+            for number, (module, weight) in enumerate(zip(modules, weights, strict=True))
         ]
         self.layers.update({layer.update: layer for layer in layers})
         self.bases.append(LayerBasis(layers, len(self.bases), self))
+        return layers
 
     def warn_of_full_gradients(self) -> None:
         """Warns where the full gradients of many layers live together in an exact refresh, with their bytes."""
@@ -280,8 +284,7 @@ def enable(
     if not modules:
         raise ValueError(f"target_modules={target_modules!r}: none of the {len(targets)} targets can be swapped")
     engine = LowRankBackward(model, settings)
-    for group in sharing_inputs(model, modules, settings.siblings):
-        engine.add(group)
+    engine.add(sharing_inputs(model, modules, settings.siblings))
     swapped = {id(module.weight) for module in modules}
     engine.unswapped = {
         name for name, param in model.named_parameters() if name in targets and id(param) not in swapped
@@ -299,8 +302,9 @@ def enable(
 
 def _refuse_codes(model: nn.Module, targets: set[str], swapped: Sequence[nn.Module]) -> None:
     """Raises for a quantized target that is not swapped: no optimizer could train its codes."""
+    trained = set(swapped)
     for name, module in model.named_modules():
-        if f"{name}.weight" in targets and holds_codes(module) and module not in swapped:
+        if f"{name}.weight" in targets and holds_codes(module) and module not in trained:
             kind = type(module).__name__
             if not is_quantized(module):
                 raise ValueError(

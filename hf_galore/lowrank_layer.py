@@ -12,7 +12,7 @@ from hf_galore.frozen_weight import FrozenWeight
 from hf_galore.ops import product_dtype
 from hf_galore.optim.optimizer import check_integer, check_number
 from hf_galore.param_groups import is_conv1d
-from hf_galore.projected_linear import ProjectedLinear, TapGradient
+from hf_galore.projected_linear import ProjectedLinear, TapGradient, dense
 from hf_galore.rounding import RoundingKey
 from hf_galore.subspace import SUBSPACES, Right, resolve_side
 
@@ -135,7 +135,7 @@ class LowRankLayer:
         bias = None if bias is None else bias.to(x.dtype)
         weight, decode = self.weight.stored, self.weight.decode
         if not (torch.is_grad_enabled() or self.pending):
-            y = nn.functional.linear(x, (weight if decode is None else decode(weight)).to(x.dtype), bias)
+            y = nn.functional.linear(x, dense(weight, decode, x.dtype), bias)
             return y if back is None else y.to(back)
         product = product_dtype(x.dtype, x.device) if device == "cpu" else x.dtype
         basis = self.basis.matrix.to(device=x.device, dtype=product)

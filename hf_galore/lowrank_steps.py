@@ -50,8 +50,9 @@ class OptimizerSteps:
             layer.attached = True
             layer.fold()
             layer.rest()
-        self._at_once = isinstance(optimizer, LowRankOptimizer) and engine.settings.fold_every == 1
-        if isinstance(optimizer, LowRankOptimizer) and self._at_once:
+        self._at_once = False  # whether the optimizer folds each step as it computes it
+        if isinstance(optimizer, LowRankOptimizer) and engine.settings.fold_every == 1:
+            self._at_once = True
             optimizer.write_backs.update({update: layer.write_back for update, layer in engine.layers.items()})
         optimizer.register_step_pre_hook(lambda *_: self._before_step())
         optimizer.register_step_post_hook(lambda *_: self._after_step())
@@ -61,10 +62,10 @@ class OptimizerSteps:
     def _groups(self) -> dict[Tensor, Group]:
         return {param: group for group in self.optimizer.param_groups for param in group["params"]}
 
-    def _stepping(self) -> dict[LayerBasis, list[LowRankLayer]]:
+    def _stepping(self, groups: dict[Tensor, Group]) -> dict[LayerBasis, list[LowRankLayer]]:
         """The layers with a gradient, by basis, in the optimizer's order."""
         found: dict[LayerBasis, list[LowRankLayer]] = {}
-        for param in self._groups():
+        for param in groups:
             if param in self.engine.layers and param.grad is not None:
                 layer = self.engine.layers[param]
                 found.setdefault(layer.basis, []).append(layer)
@@ -74,15 +75,16 @@ class OptimizerSteps:
         if self._first:
             self._first = False
             self._warn_of_idle_modules()
-        for basis, stepping in self._stepping().items():
+        groups = self._groups()
+        for basis, stepping in self._stepping(groups).items():
             if basis.candidate is not None:
-                self._adopt(basis)
+                self._adopt(basis, groups)
             for layer in stepping if not self._at_once else ():
                 layer.wake()
 
     def _after_step(self) -> None:
         groups = self._groups()
-        for basis, stepped in self._stepping().items():
+        for basis, stepped in self._stepping(groups).items():
             basis.steps += 1
             for layer in stepped:
                 layer.uses = 0
@@ -92,7 +94,7 @@ class OptimizerSteps:
                     layer.decay *= 1.0 - self._rate(layer, group) * (group.get("weight_decay") or 0.0)
             basis.finish_sketch()
             if basis.candidate is not None:
-                self._adopt(basis)
+                self._adopt(basis, groups)
             basis.forget()
             if basis.steps % self.engine.settings.fold_every == 0:
                 for layer in basis.layers:
@@ -126,7 +128,7 @@ class OptimizerSteps:
             return self.optimizer.rate(group, layer.basis.steps, layer.update)
         return float(group["lr"])
 
-    def _adopt(self, basis: LayerBasis) -> None:
+    def _adopt(self, basis: LayerBasis, groups: dict[Tensor, Group]) -> None:
         """Puts the candidate in force: folds what is in the old coordinates, moves the moments if asked to."""
         assert basis.candidate is not None
         for layer in basis.layers:
@@ -134,7 +136,6 @@ class OptimizerSteps:
         overlap = basis.candidate.to(basis.work).mT @ basis.matrix.to(basis.work)
         basis.matrix, basis.candidate = basis.candidate, None
         if self.engine.settings.moments == "rotate":
-            groups = self._groups()
             for layer in basis.layers:
                 self._rotate(layer, groups[layer.update], overlap)
 

@@ -44,7 +44,7 @@ class ProjectedLinear(torch.autograd.Function):
         scale: float,
         pending: bool,
     ) -> Tensor:
-        y = linear(x, _dense(weight, decode, x.dtype), None if pending else bias)
+        y = linear(x, dense(weight, decode, x.dtype), None if pending else bias)
         if pending:
             factor = update.to(x.dtype)
             y = y * decay + scale * (kept @ factor.mT if right else (x @ factor.mT) @ basis.to(x.dtype).mT)
@@ -62,7 +62,7 @@ class ProjectedLinear(torch.autograd.Function):
         gx = gbias = low = None
         if ctx.needs_input_grad[0]:
             # Under autocast W has another dtype, and codes are decoded: W is made again, not kept from the forward.
-            gx = gy @ _dense(weight, ctx.decode, gy.dtype)
+            gx = gy @ dense(weight, ctx.decode, gy.dtype)
             if ctx.pending:
                 factor, back = update.to(gy.dtype), basis.to(gy.dtype)
                 gx = gx * ctx.decay + ctx.scale * ((gy @ factor) @ back.mT if ctx.right else (gy @ back) @ factor)
@@ -75,7 +75,8 @@ class ProjectedLinear(torch.autograd.Function):
         return gx, None, None, gbias, low, None, None, None, None, None, None
 
 
-def _dense(weight: Tensor, decode: Callable[[Tensor], Tensor] | None, dtype: torch.dtype) -> Tensor:
+def dense(weight: Tensor, decode: Callable[[Tensor], Tensor] | None, dtype: torch.dtype) -> Tensor:
+    """W (m, n) in this dtype, from what `decode` makes W of, or from W itself."""
     return (weight if decode is None else decode(weight)).to(dtype)
 
 

@@ -165,3 +165,21 @@ def test_names_can_be_given():
 def test_it_refuses_what_it_cannot_share(options):
     with pytest.raises(ValueError, match="share_inputs needs refresh='streaming' and proj_type='right'"):
         enable(HEADS.model(), rank=2, share_inputs=True, **options)
+
+
+def test_siblings_with_one_weight_train_together():
+    class Tied(Heads):
+        def __init__(self):
+            super().__init__()
+            self.v_proj.weight = self.k_proj.weight
+
+    case = Case(Tied, regression)
+    model, _, engine = on_engine(case, torch.float64, **OPTIONS)
+    assert model.v_proj.lowrank_update is model.k_proj.lowrank_update
+    plain = case.model(torch.float64)
+    backward(case, model, 0)
+    backward(case, plain, 0)
+    byhand = plain.k_proj.weight.grad @ basis_of(model, "k_proj").matrix
+    torch.testing.assert_close(model.k_proj.lowrank_update.grad, byhand, rtol=0, atol=1e-14)
+    engine.uninstall()
+    assert model.v_proj.weight is model.k_proj.weight

@@ -9,12 +9,12 @@ not made again.
 """
 
 import argparse
-import csv
 import math
 import shlex
 import sys
 from pathlib import Path
 
+import result_file
 import torch
 from tqdm import tqdm
 
@@ -48,7 +48,7 @@ def main() -> None:
         for rank in RANKS:
             for before in sorted({None, BEFORE[step]}, key=bool):
                 if (step, rank, str(before or "")) not in done:
-                    append(options.results, measure(options.output_dir, step, rank, before))
+                    result_file.append(options.results, measure(options.output_dir, step, rank, before))
 
 
 def file_of(folder: Path, step: int) -> Path:
@@ -115,22 +115,7 @@ def energies_of(grad: torch.Tensor, earlier: torch.Tensor | None, rank: int) -> 
 
 def finished(path: Path) -> set[tuple[int, int, str]]:
     """Step, rank and earlier step of the rows that the CSV holds."""
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        return {(int(row["step"]), int(row["rank"]), row["from_step"]) for row in csv.DictReader(file)}
-
-
-def append(path: Path, row: dict[str, object]) -> None:
-    """Adds one row to the CSV."""
-    print(*(f"{name}: {value}" for name, value in row.items() if name != "command"), sep=", ", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    return {(int(row["step"]), int(row["rank"]), row["from_step"]) for row in result_file.read(path)}
 
 
 if __name__ == "__main__":

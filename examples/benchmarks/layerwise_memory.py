@@ -10,7 +10,6 @@ galore-torch layerwise is what transformers 5.23 makes of it: one optimizer per 
 """
 
 import argparse
-import csv
 import gc
 import itertools
 import json
@@ -22,6 +21,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+import result_file
 import torch
 from live_bytes import LiveBytes
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -146,31 +146,20 @@ def main() -> None:
     if case is not None:
         print(json.dumps(measure(*json.loads(case))))
         return
-    done = set()
-    if RESULTS.exists():
-        with RESULTS.open() as file:
-            done = {tuple(row[name] for name in COLUMNS[:5]) for row in csv.DictReader(file)}
+    done = {tuple(row[name] for name in COLUMNS[:5]) for row in result_file.read(RESULTS)}
     names = ("peft", "transformers", "galore-torch")
     versions = " ".join(f"{name} {metadata.version(name)}" for name in names) + f" hf_galore {hf_galore.__version__}"
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        for shape, others, checkpointing in itertools.product(SHAPES, ("frozen", "trained"), (False, True)):
-            for rank in (SHAPES[shape][0] // 16, SHAPES[shape][0] // 4):
-                for method in METHODS:
-                    row = dict(zip(COLUMNS, (shape, rank, others, checkpointing, method), strict=False))
-                    if tuple(map(str, row.values())) in done:
-                        continue
-                    command = [sys.executable, __file__, "--case", json.dumps(list(row.values()))]
-                    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                    row.update({key: f"{value:.1f}" for key, value in found.items()})
-                    row.update(device=platform.machine(), torch=torch.__version__, versions=versions)
-                    writer.writerow(row)
-                    file.flush()
-                    print(*row.values(), flush=True)
+    for shape, others, checkpointing, part, method in itertools.product(
+        SHAPES, ("frozen", "trained"), (False, True), (16, 4), METHODS
+    ):
+        row = dict(zip(COLUMNS, (shape, SHAPES[shape][0] // part, others, checkpointing, method), strict=False))
+        if tuple(map(str, row.values())) in done:
+            continue
+        command = [sys.executable, __file__, "--case", json.dumps(list(row.values()))]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        row.update({key: f"{value:.1f}" for key, value in found.items()})
+        row.update(device=platform.machine(), torch=torch.__version__, versions=versions)
+        result_file.append(RESULTS, row)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ lr·scale and lr. Every finished run adds a line to the CSV; runs that are in it
 """
 
 import argparse
-import csv
 import itertools
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import result_file
 import torch
 import transformers
 
@@ -64,8 +64,8 @@ def main() -> None:
 def settings_of(run: Run, seed: int) -> argparse.Namespace:
     """The demo's settings with the run's learning rates, at the grid's length."""
     optim, lr_matrices, lr_rest = run
-    given = {"optim": optim, "seed": seed, "max_steps": STEPS, "output_dir": "runs/learning_rate_grid"}
-    settings = pretrain.parse([text for name, value in given.items() for text in (f"--{name}", str(value))])
+    settings = pretrain.parse(["--optim", optim, "--seed", str(seed), "--output_dir", "runs/learning_rate_grid"])
+    settings.max_steps = STEPS
     if optim == pretrain.ADAMW:
         settings.adamw_lr_matrices, settings.adamw_lr_rest = lr_matrices, lr_rest
     else:
@@ -75,10 +75,7 @@ def settings_of(run: Run, seed: int) -> argparse.Namespace:
 
 def finished(path: Path, seed: int) -> set[Run]:
     """The runs of `seed` that the CSV holds."""
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["seed"]) == seed]
+    rows = [row for row in result_file.read(path) if int(row["seed"]) == seed]
     return {(row["optimizer"], float(row["lr_matrices"]), float(row["lr_rest"])) for row in rows}
 
 
@@ -105,14 +102,7 @@ def append(path: Path, run: Run, result: dict) -> None:
         "hf_galore": hf_galore.__version__,
         "command": shlex.join(["python", *sys.argv]),
     }
-    print(f"{run}: perplexity {row['perplexity']}", flush=True)
-    is_new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    result_file.append(path, row)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ runs that are in it already are skipped.
 """
 
 import argparse
-import csv
 import shlex
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import bitsandbytes
+import result_file
 import torch
 import transformers
 from torch import nn
@@ -182,11 +182,8 @@ def tokens_of(blocks: Blocks, indices: Sequence[int]) -> torch.Tensor:
 
 def finished(options: argparse.Namespace, seed: int) -> set[Run]:
     """The runs of `seed` and of this length that the CSV holds."""
-    if not options.results.exists():
-        return set()
     wanted = (seed, options.pretrain_steps, options.steps)
-    with options.results.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if tuple(int(row[n]) for n in _LENGTHS) == wanted]
+    rows = [row for row in result_file.read(options.results) if tuple(int(row[n]) for n in _LENGTHS) == wanted]
     return {Run(row["matrices"], row["rounding"], float(row["rate"])) for row in rows}
 
 
@@ -208,14 +205,7 @@ def append(options: argparse.Namespace, run: Run, seed: int, result: dict) -> No
         "hf_galore": hf_galore.__version__,
         "command": shlex.join(["python", *sys.argv]),
     }
-    print(run, f"seed {seed}:", result, flush=True)
-    is_new = not options.results.exists()
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    result_file.append(options.results, row)
 
 
 if __name__ == "__main__":

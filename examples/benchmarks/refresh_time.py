@@ -10,7 +10,6 @@ Energy is relative to svd's. Where the previous basis is out of date, a warm ref
 """
 
 import argparse
-import csv
 import os
 import shlex
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import result_file
 import torch
 
 from hf_galore.cli.env import environment
@@ -56,7 +56,7 @@ def main() -> None:
     done = finished(options.results, options.threads)
     for case in CASES:
         if case[:3] not in done:
-            append(options.results, measure(*case))
+            result_file.append(options.results, measure(*case))
 
 
 def measure(rows: int, cols: int, rank: int, rounds: int) -> dict[str, object]:
@@ -113,23 +113,8 @@ def gradient(rows: int, cols: int, seed: int) -> torch.Tensor:
 
 def finished(path: Path, threads: int) -> set[tuple[int, ...]]:
     """The cases that the CSV holds for this number of threads."""
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["threads"]) == threads]
+    rows = [row for row in result_file.read(path) if int(row["threads"]) == threads]
     return {tuple(int(row[name]) for name in ("rows", "cols", "rank")) for row in rows}
-
-
-def append(path: Path, row: dict[str, object]) -> None:
-    """Adds one row to the CSV."""
-    print(*(f"{name}: {value}" for name, value in row.items() if name != "command"), sep=", ", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":
