@@ -1,6 +1,6 @@
 """Peak memory of full AdamW, LoRA, galore-torch and hf_galore on the same model and batch.
 
-    python examples/benchmarks/layerwise_memory.py          # writes results/layerwise_memory.csv, resumable
+    OMP_NUM_THREADS=1 python examples/benchmarks/layerwise_memory.py --jobs 2       # resumable
 
 Two steps of forward, backward and optimizer on random tokens, bfloat16 weights. `live_mib` is the peak of the second,
 by live tensor bytes (the same on every device), `refresh_mib` that of the first, which refreshes every basis;
@@ -17,9 +17,11 @@ import platform
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import result_file
 import torch
@@ -42,19 +44,7 @@ METHODS = (
     "layerwise bfloat16 shared",
     "layerwise 8bit",
 )
-COLUMNS = [
-    "shape",
-    "rank",
-    "others",
-    "checkpointing",
-    "method",
-    "live_mib",
-    "refresh_mib",
-    "resident_mib",
-    "device",
-    "torch",
-    "versions",
-]
+CASE = ("shape", "rank", "others", "checkpointing", "method")
 
 
 def build(shape: str, others: str, checkpointing: bool) -> LlamaForCausalLM:
@@ -139,27 +129,34 @@ def measure(shape: str, rank: int, others: str, checkpointing: bool, method: str
     return {"live_mib": peaks[1], "refresh_mib": peaks[0], "resident_mib": resident}
 
 
+def measure_in_child(case: dict[str, Any]) -> dict[str, Any]:
+    """The case's row, measured in a process of its own."""
+    command = [sys.executable, __file__, "--case", json.dumps(list(case.values()))]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {**case, **{key: f"{value:.1f}" for key, value in found.items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=1, help="cases measured at the same time (%(default)s)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    case = parser.parse_args().case
-    if case is not None:
-        print(json.dumps(measure(*json.loads(case))))
+    options = parser.parse_args()
+    if options.case is not None:
+        print(json.dumps(measure(*json.loads(options.case))))
         return
-    done = {tuple(row[name] for name in COLUMNS[:5]) for row in result_file.read(RESULTS)}
+    done = {tuple(row[name] for name in CASE) for row in result_file.read(RESULTS)}
+    settings = itertools.product(SHAPES, ("frozen", "trained"), (False, True), (16, 4), METHODS)
+    cases = [
+        dict(zip(CASE, (shape, SHAPES[shape][0] // part, others, checkpointing, method), strict=True))
+        for shape, others, checkpointing, part, method in settings
+    ]
+    missing = [case for case in cases if tuple(map(str, case.values())) not in done]
     names = ("peft", "transformers", "galore-torch")
     versions = " ".join(f"{name} {metadata.version(name)}" for name in names) + f" hf_galore {hf_galore.__version__}"
-    for shape, others, checkpointing, part, method in itertools.product(
-        SHAPES, ("frozen", "trained"), (False, True), (16, 4), METHODS
-    ):
-        row = dict(zip(COLUMNS, (shape, SHAPES[shape][0] // part, others, checkpointing, method), strict=False))
-        if tuple(map(str, row.values())) in done:
-            continue
-        command = [sys.executable, __file__, "--case", json.dumps(list(row.values()))]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        row.update({key: f"{value:.1f}" for key, value in found.items()})
-        row.update(device=platform.machine(), torch=torch.__version__, versions=versions)
-        result_file.append(RESULTS, row)
+    about = {"device": platform.machine(), "torch": torch.__version__, "versions": versions}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for row in pool.map(measure_in_child, missing):
+            result_file.append(RESULTS, {**row, **about})
 
 
 if __name__ == "__main__":

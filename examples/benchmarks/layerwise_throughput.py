@@ -2,15 +2,15 @@
 
     python examples/benchmarks/layerwise_throughput.py      # writes results/layerwise_throughput.csv, resumable
 
-A row is a shape, a rank and a dtype of the weights, and is measured in a process of its own. There the methods take
-turns: each trains a fresh model for a few steps on random tokens, several rounds of that. What else a shared machine
-does can only add to a time, so the figure of a run is the lower quartile of its steps, and that of a method its best
-run. A run has a first step, which does not count, plain steps, and one refresh:
+A row is a shape, a rank, a dtype of the weights and what becomes of embeddings, head and norms: `frozen` in all
+methods, or `trained` in all but LoRA, which then has less to do than the others. It is measured in a process of its
+own. There the methods take turns: each trains a fresh model for a few steps on random tokens, several rounds of that.
+What else a shared machine does can only add to a time, so the figure of a run is the lower quartile of its steps, and
+that of a method its best run. A run has a first step, which does not count, plain steps, and one refresh:
 
     time of 200 steps = 200 * plain step + what all the steps that pay for the refresh take beyond plain ones
 
-All that the Trainer does for a step is in its time: fetching the batch, clipping, the schedule, zero_grad. All
-parameters train, but in LoRA, where only the adapters do.
+All that the Trainer does for a step is in its time: fetching the batch, clipping, the schedule, zero_grad.
 """
 
 import argparse
@@ -54,6 +54,7 @@ class Row(NamedTuple):
     shape: str
     rank: int
     dtype: str
+    others: str  # what becomes of embeddings, head and norms
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ METHODS = {
         "galore_adamw_layerwise", STREAMING, registered=True, more=", share_inputs=true"
     ),
 }
+Runs = dict[str, list[dict[str, float]]]  # what `train` finds, by method, once for each round
 BASELINES = {"ratio_adamw": "adamw_torch_fused", "ratio_lora": "LoRA", "ratio_galore_torch": "galore-torch"}
 TIMES = ["t_plain_ms", "t_refresh_ms", "forward_ms", "backward_ms", "step_ms"]
 COLUMNS = [
-    *("shape", "rank", "dtype", "method", *TIMES, "tokens_per_second"),
+    *(*Row._fields, "method", *TIMES, "tokens_per_second"),
     *(column + end for column in BASELINES for end in ("", "_min", "_max")),
     *("ideal_ratio", "rounds", "threads", "device", "torch", "versions", "command"),
 ]
@@ -156,7 +158,7 @@ def differences(begins: list[float], ends: list[float]) -> list[float]:
 def train(row: Row, method: Method) -> dict[str, float]:
     """Trains a fresh model once with the method and returns the `figures` of the run."""
     gc.collect()  # of the run before
-    model = build(row.shape, "trained", False).to(getattr(torch, row.dtype))
+    model = build(row.shape, row.others, False).to(getattr(torch, row.dtype))
     if method.lora:
         from peft import LoraConfig, get_peft_model
 
@@ -218,26 +220,26 @@ def quartile(values: Iterable[float]) -> float:
 # One row.
 
 
-def measure(row: Row, rounds: int, threads: int) -> dict[str, list[dict[str, float]]]:
-    """What `train` finds, by method, once for each round."""
+def measure(row: Row, methods: Collection[str], rounds: int, threads: int) -> Runs:
+    """The runs of a row."""
     torch.set_num_threads(threads)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    found: Runs = {name: [] for name in methods}
     for number in range(rounds):
-        for name, method in METHODS.items():
-            found[name].append(train(row, method))
+        for name in methods:
+            found[name].append(train(row, METHODS[name]))
             print(
                 *row, f"round {number}", name, {key: round(ms, 1) for key, ms in found[name][-1].items()}, flush=True
             )
     return found
 
 
-def measure_in_child(row: Row, rounds: int, threads: int) -> dict[str, list[dict[str, float]]]:
+def measure_in_child(row: Row, methods: Collection[str], rounds: int, threads: int) -> Runs:
     """`measure` in a process of its own.
 
     It is forked, which spares it the imports; nothing has been computed before, so it inherits no threads.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("fork")) as child:
-        return child.submit(measure, row, rounds, threads).result()
+        return child.submit(measure, row, methods, rounds, threads).result()
 
 
 # What it comes to.
@@ -248,32 +250,35 @@ def tokens_per_second(t_plain_ms: float, t_refresh_ms: float, **_: float) -> flo
     return 1000 * REAL_GAP * BATCH * LENGTH / (REAL_GAP * t_plain_ms + t_refresh_ms)
 
 
-def flops(shape: str, rank: int | None = None) -> float:
+def flops(row: Row, rank: int | None = None) -> float:
     """Flops per token of the matrix products in a forward and a backward pass, with full gradients or with `rank`.
 
     A multiplication and an addition are 2 flops. Counted are, for every token:
 
         a target, W (m, n)   y, the gradient of x and that of W: 6·m·n; projected, x Q and gyᵀ(x Q) instead of the
-                             last: 2·(2·m·n + r·(m + n))
-        the head             6·hidden·VOCABULARY in both cases
+                             last: 2·(2·m·n + r·(m + n)). Nobody asks for the gradient of the first q, k and v's x
+                             where the embeddings are frozen
+        the head             6·hidden·VOCABULARY in both cases, 4·hidden·VOCABULARY where it is frozen
         the attention        q kᵀ and the weighted sum of v, over the (LENGTH + 1) / 2 tokens that one sees on average,
                              and twice that in the backward pass
 
     Not counted are the refresh, the optimizer's step with its fold, and all that goes element by element.
     """
-    hidden, intermediate, _, layers = SHAPES[shape]
+    hidden, intermediate, _, layers = SHAPES[row.shape]
+    frozen = row.others == "frozen"
     matrices = [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
     targets = sum(6 * m * n if rank is None else 2 * (2 * m * n + rank * (m + n)) for m, n in matrices)
     attention = 3 * 2 * 2 * hidden * (LENGTH + 1) / 2
-    return layers * (targets + attention) + 6 * hidden * VOCABULARY
+    head = (4 if frozen else 6) * hidden * VOCABULARY
+    return layers * (targets + attention) + head - (3 * 2 * hidden**2 if frozen else 0)
 
 
 def ideal_ratio(row: Row) -> float:
     """How many times as fast as AdamW the projected backward is if time goes with `flops`."""
-    return flops(row.shape) / flops(row.shape, row.rank)
+    return flops(row) / flops(row, row.rank)
 
 
-def lines_of(row: Row, found: dict[str, list[dict[str, float]]]) -> Iterator[dict[str, Any]]:
+def lines_of(row: Row, found: Runs) -> Iterator[dict[str, Any]]:
     """The figures of each method's best run, their ratios, and the range of the ratios within a round."""
     best = {name: {column: min(run[column] for run in runs) for column in TIMES} for name, runs in found.items()}
     speeds = {name: [tokens_per_second(**run) for run in runs] for name, runs in found.items()}
@@ -313,7 +318,8 @@ def read(path: Path) -> dict[Row, list[dict[str, Any]]]:
     if path.exists():
         with path.open(newline="") as file:
             for line in csv.DictReader(file):
-                rows.setdefault(Row(line["shape"], int(line["rank"]), line["dtype"]), []).append(line)
+                row = Row(line["shape"], int(line["rank"]), line["dtype"], line["others"])
+                rows.setdefault(row, []).append(line)
     return rows
 
 
@@ -328,9 +334,9 @@ def write(path: Path, rows: dict[Row, list[dict[str, Any]]]) -> None:
     draft.replace(path)
 
 
-def complete(lines: list[dict[str, Any]]) -> bool:
-    """Whether these lines of a row have all methods."""
-    return {line["method"] for line in lines}.issuperset(METHODS)
+def complete(lines: list[dict[str, Any]], methods: Collection[str]) -> bool:
+    """Whether these lines of a row have all of the methods."""
+    return {line["method"] for line in lines}.issuperset(methods)
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -346,8 +352,10 @@ def table(lines: list[dict[str, Any]]) -> str:
 def grid() -> dict[str, Row]:
     """All rows by name."""
     rows = [
-        Row(shape, sizes[0] // part, dtype)
-        for (shape, sizes), part, dtype in product(SHAPES.items(), (16, 4), ("bfloat16", "float32"))
+        Row(shape, sizes[0] // part, dtype, others)
+        for others, (shape, sizes), part, dtype in product(
+            ("frozen", "trained"), SHAPES.items(), (16, 4), ("bfloat16", "float32")
+        )
     ]
     return {"/".join(map(str, row)): row for row in rows}
 
@@ -356,15 +364,20 @@ def main() -> None:
     rows = grid()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW", help=f"of {list(rows)}")
+    more = [name for name in METHODS if name not in BASELINES.values()]
+    parser.add_argument(
+        "--methods", nargs="+", choices=more, default=more, metavar="METHOD", help=f"beside the baselines: of {more}"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each method in a row (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV; rows that it has are not measured again")
     options = parser.parse_args()
+    methods = [*BASELINES.values(), *options.methods]
     done = read(options.out)
     for name in options.rows:
         row = rows[name]
-        if not complete(done.get(row, [])):
-            found = measure_in_child(row, options.rounds, options.threads)
+        if not complete(done.get(row, []), methods):
+            found = measure_in_child(row, methods, options.rounds, options.threads)
             about = setting(options.rounds, options.threads)
             done[row] = [{**line, **about} for line in lines_of(row, found)]
             write(options.out, done)

@@ -19,7 +19,7 @@ script.main()
 print("once more")
 script.main()
 """
-OPTIONS = ["--rows", "tiny/8/bfloat16", "--rounds", "1", "--threads", "1"]
+OPTIONS = ["--rows", "tiny/8/bfloat16/frozen", "--rounds", "1", "--threads", "1"]
 METHODS = [
     "adamw_torch_fused",
     "LoRA",
@@ -45,7 +45,9 @@ def finished(tmp_path_factory):
 def test_writes_a_line_for_each_method(finished):
     lines, _, _ = finished
     assert [line["method"] for line in lines][: len(METHODS)] == METHODS
-    assert {(line["shape"], line["rank"], line["dtype"]) for line in lines} == {("tiny", "8", "bfloat16")}
+    assert {(line["shape"], line["rank"], line["dtype"], line["others"]) for line in lines} == {
+        ("tiny", "8", "bfloat16", "frozen")
+    }
     for line in lines:
         for column in ("t_plain_ms", "forward_ms", "backward_ms", "step_ms", "tokens_per_second"):
             assert float(line[column]) > 0
@@ -58,4 +60,4 @@ def test_measures_no_row_twice(finished):
     _, first, second = finished
     assert "round 0" in first
     assert first.endswith(second)  # the table
-    assert all(f"| tiny | 8 | bfloat16 | {method} |" in second for method in METHODS)
+    assert all(f"| tiny | 8 | bfloat16 | frozen | {method} |" in second for method in METHODS)
