@@ -4,6 +4,7 @@
     gram        exact to rounding, from the smaller Gram matrix       2·m·n·min(m, n) flops and an eigendecomposition
     randomized  warm-started block subspace iteration                 4·m·n·r flops warm, 8·m·n·r cold
     random      does not look at the gradient
+    late_random randomized at first, random from a given step on (GoLore, arXiv 2410.11289)
 
 Legend as in `hf_galore.sides`. Every method is a function of its arguments alone: its random numbers depend on `seed`,
 and matrices in a batch get the bases that they would get one by one.
@@ -112,6 +113,15 @@ def random(grad: Tensor, rank: int, side: Side, previous: Tensor | None, seed: i
 
 
 SUBSPACES: dict[str, BasisMethod] = {"svd": svd, "randomized": randomized, "gram": gram, "random": random}
+SUBSPACE_NAMES = (*SUBSPACES, "late_random")
+
+
+def method_at(subspace: str, step: int, random_from: int | None) -> BasisMethod:
+    """The method that `subspace` stands for in this step; `late_random` takes random bases from step `random_from`."""
+    if subspace != "late_random":
+        return SUBSPACES[subspace]
+    assert random_from is not None
+    return random if step >= random_from else randomized
 
 
 def orthonormal(matrix: Tensor, rough: bool = False) -> tuple[Tensor, Tensor]:

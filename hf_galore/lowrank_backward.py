@@ -30,12 +30,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_galore.frozen_weight import frozen_weight, holds_codes, is_quantized
+from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_basis import LayerBasis
 from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings
 from hf_galore.lowrank_steps import OptimizerSteps
 from hf_galore.lowrank_targets import sharing_inputs, swappable
 from hf_galore.optim.optimizer import warn_once
 from hf_galore.param_groups import ALL_LINEAR, find_targets, group_parameters
+from hf_galore.sides import rank_of, resolve_side
+from hf_galore.statistics import Observer
 
 _ENABLED = "_hf_galore_lowrank_backward"  # the attribute of a model that holds its LowRankBackward
 
@@ -48,6 +51,7 @@ class LowRankBackward:
         self.layers: dict[Tensor, LowRankLayer] = {}  # by B
         self.bases: list[LayerBasis] = []
         self.unswapped: set[str] = set()  # names of targets that stay with the optimizer
+        self.observe: Observer | None = None  # is told of each refresh, with B of the (first) layer of the basis
         self.gradients_complete: Callable[[], bool] = lambda: True  # False while further micro-batches are to come
         self._hooks: list[Any] = []
         self._warned: set[str] = set()
@@ -90,14 +94,7 @@ class LowRankBackward:
                 *decay_parameters,
                 *(name for name, weight in small.items() if weight in decay_parameters),
             }
-        low_rank = {
-            "subspace": self.settings.subspace,
-            "rank": self.settings.rank,
-            "update_proj_gap": self.settings.update_proj_gap,
-            "scale": self.settings.scale,
-            "proj_type": self.settings.proj_type,
-            **options,
-        }
+        low_rank = {name: getattr(self.settings, name) for name in ("rank", *LOW_RANK_DEFAULTS)} | options
         kinds = [({}, full), (low_rank, self.unswapped), ({}, list(small))]
         return group_parameters(model, kinds, weight_decay, decay_parameters)
 
@@ -120,11 +117,11 @@ class LowRankBackward:
     def _add(self, modules: Collection[nn.Module]) -> list[LowRankLayer]:
         """The layers of modules with weights of their own, which share a basis."""
         weights = [frozen_weight(module) for module in modules]
-        rank = min(self.settings.rank, sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-        if rank < self.settings.rank:
-            self.warn(
-                f"rank={self.settings.rank} is larger than a matrix of shape {weights[0].shape} has: it is clamped"
-            )
+        settings, shape = self.settings, weights[0].shape
+        stacked = (sum(weight.shape[0] for weight in weights), shape[1])
+        rank = rank_of(settings.rank, stacked, resolve_side(settings.proj_type, shape), settings.equal_state)
+        if rank < settings.rank:
+            self.warn(f"rank={settings.rank} is larger than a matrix of shape {shape} has: it is clamped")
         layers = [
             LowRankLayer(module, weight, rank, len(self.layers) + number, self.settings)
             for number, (module, weight) in enumerate(zip(modules, weights, strict=True))
@@ -225,8 +222,13 @@ def enable(
     refresh: str = "streaming",
     moments: str | None = None,
     subspace: str = "svd",
-    fold_every: int = 1,
+    random_from: int | None = None,
+    source: str = "gradient",
+    basis_dtype: str | None = None,
+    equal_state: bool = False,
     stagger: bool = False,
+    lazy: bool = False,
+    fold_every: int = 1,
     state_dtype: torch.dtype | None = None,
     stochastic_rounding: bool = True,
     seed: int = 0,
@@ -245,11 +247,15 @@ def enable(
         proj_type: `right` (default; keeps x Q (tokens, r) for the backward pass instead of x), `left` (must keep x),
             or `std`, the paper's choice by shape.
         refresh: `streaming` or `exact`; see the module's first lines.
-        moments: at a refresh, `rotate` (LDAdam's formulas; default of `streaming`) or `keep` (the paper; default of
-            `exact`).
-        subspace: the basis method, applied to G or to the sketch.
+        moments: at a refresh, `rotate` (default of `streaming`), `keep` (default of `exact`), `align` or `reset`;
+            these and the following as in `hf_galore.optim.optimizer.LowRankOptimizer`.
+        subspace, random_from: the basis method, applied to G or to the sketch.
+        source: `moment` adds to the sketch that of the first moment; only with `streaming`.
+        basis_dtype: how a basis is kept between uses; a random one is kept as it is here, not as its seed.
+        equal_state: wide matrices on the right get the rank whose state is that of std.
+        stagger: layer i of L refreshes i·T/L steps early, so that no step pays for all.
+        lazy: layers whose basis hardly turns refresh less often.
         fold_every: steps between folds; in between the layers add x·(scale·back(B))ᵀ.
-        stagger: layer i of L refreshes at steps ≡ −i·T/L, so that no step pays for all.
         state_dtype: of the bases; None for float32 (float64 for float64 weights).
         stochastic_rounding: fold into bfloat16 weights stochastically; the bits depend on (seed, step, layer,
             element).
@@ -262,20 +268,25 @@ def enable(
             in a way that cannot be trained (without `hf_galore.register()` every one).
     """
     settings = Settings(
-        rank,
-        update_proj_gap,
-        scale,
-        proj_type,
-        refresh,
-        moments,
-        subspace,
-        fold_every,
-        stagger,
-        state_dtype,
-        stochastic_rounding,
-        seed,
-        gradient_accumulation_steps,
-        share_inputs,
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        proj_type=proj_type,
+        refresh=refresh,
+        moments=moments,
+        subspace=subspace,
+        random_from=random_from,
+        source=source,
+        basis_dtype=basis_dtype,
+        equal_state=equal_state,
+        stagger=stagger,
+        lazy=lazy,
+        fold_every=fold_every,
+        state_dtype=state_dtype,
+        stochastic_rounding=stochastic_rounding,
+        seed=seed,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        share_inputs=share_inputs,
     )
     disable(model)
     targets = find_targets(model, target_modules, holds_codes)

@@ -2,18 +2,31 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_galore.bases import SUBSPACES, gram, random
+from hf_galore import schedule
+from hf_galore.bases import gram, method_at, normal, random, seeded
+from hf_galore.basis_store import State, basis_format
 from hf_galore.lowrank_layer import LowRankLayer, Settings, several_ranks
 from hf_galore.ops import matmul
 from hf_galore.rounding import mix64
 from hf_galore.sides import Left, Right, Side
-from hf_galore.subspace import refresh
+from hf_galore.statistics import Observer, SubspaceStatistics, statistics_of, turned
+from hf_galore.subspace import align, refresh
+
+_PROBES = 16  # random directions that the statistics of a sketch are estimated with
+
+
+class Momentum(NamedTuple):
+    """The first moment of a small parameter after a step, the gradient of that step, and the moment's decay rate."""
+
+    after: Tensor
+    low: Tensor
+    beta: float
 
 
 class Steering(Protocol):
@@ -21,6 +34,7 @@ class Steering(Protocol):
 
     settings: Settings
     gradients_complete: Callable[[], bool]
+    observe: Observer | None
 
     def warn(self, message: str) -> None:
         """Warns of a refresh that could not give what was asked for, once for each kind of message."""
@@ -41,21 +55,42 @@ class LayerBasis:
         first = layers[0]
         self.right, self.work, self.rank = first.right, first.work, first.rank
         self.steps, self.tapping, self.seconds = 0, True, 0.0
+        self._last_seconds = 0.0  # of the last refresh
+        self.lazy: Tensor | None = None  # the schedule of `hf_galore.schedule.postponed`
         self.sketch: Tensor | None = None  # Z, in a streaming refresh
-        self.candidate: Tensor | None = None  # the basis that is to be adopted
+        self.candidate: State | None = None  # the basis that is to be adopted, as it is kept
         self._pass = -1  # the backward pass that added last
         self._shared: tuple[Tensor, int, Tensor, int] | None = None  # x, its version, x Q, layers that may still ask
         m, n = first.weight.shape
-        self.matrix = self._random(n if self.right else m)
+        rows = n if self.right else m
+        self._format = basis_format(self.settings.basis_dtype, self.settings.state_dtype, rows, self.work)
+        self.kept: State = self._format.encode(self._random(rows))
         for layer in layers:
             layer.basis = self
         self.aim_anywhere()
 
+    @property
+    def matrix(self) -> Tensor:
+        """Q or P, the basis in force."""
+        return self._format.decode(self.kept)
+
+    @property
+    def _early(self) -> int:
+        return schedule.offset(self.index, self.engine.count, self.settings.update_proj_gap, self.settings.stagger)
+
     def due(self) -> bool:
         """Whether the step after `steps` steps is a refresh."""
-        gap = self.settings.update_proj_gap
-        offset = self.index * gap // self.engine.count if self.settings.stagger else 0
-        return self.steps == 0 or (self.steps + offset) % gap == 0
+        return schedule.due(self.steps, self.settings.update_proj_gap, self._early, self.lazy)
+
+    def adopt(self, step: int) -> tuple[Tensor, Tensor]:
+        """Puts the candidate of a refresh in this step in force; the new basis and the old, in working precision."""
+        assert self.candidate is not None
+        old, self.kept, self.candidate = self.matrix.to(self.work), self.candidate, None
+        new = self.matrix.to(self.work)
+        if self.settings.lazy:
+            gap = self.settings.update_proj_gap
+            self.lazy = schedule.postponed(self.lazy, step, gap, self._early, new, old)
+        return new, old
 
     def forget(self) -> None:
         """Drops what a step in progress has gathered."""
@@ -104,6 +139,8 @@ class LayerBasis:
         else:
             assert layer.test_matrix is not None
             test = layer.test_matrix.to(x.device)
+            if self.engine.observe is not None:
+                test = torch.cat((test, self._probes(layer)), dim=1)
             part = matmul(x.mT, matmul(gy, test)) if self.right else matmul(gy.mT, matmul(x, test))
             self.sketch = part if self.sketch is None else self.sketch.add_(part)
 
@@ -115,24 +152,81 @@ class LayerBasis:
         stored_side = layer.side if not layer.transposed else Left() if self.right else Right()
         self.candidate = self._new_basis(layer.full.mT if layer.transposed else layer.full, stored_side)
         assert layer.update.grad is not None
-        layer.update.grad.copy_(layer.side.project(layer.full, self.candidate.to(layer.full.dtype)))
+        basis = self._format.decode(self.candidate)
+        layer.update.grad.copy_(layer.side.project(layer.full, basis.to(layer.full.dtype)))
+        if self.engine.observe is not None:
+            found = statistics_of(layer.full, layer.side, basis, self.matrix, self.steps, self._last_seconds)
+            self.engine.observe(layer.update, found)
         if self.settings.gradient_accumulation_steps == 1 and layer.uses <= 1:
             layer.full = None  # a shared layer under reentrant checkpointing adds to it in several passes
 
-    def finish_sketch(self) -> None:
-        """The basis for the next step from Z, summed over the ranks of a process group: its left singular vectors."""
+    def finish_sketch(self, momenta: Sequence[Momentum] | None = None) -> None:
+        """The basis for the next step from Z, summed over the ranks of a process group: its left singular vectors.
+
+        Args:
+            momenta: of the layers, where the basis is to be that of the first moment and not of the gradient alone.
+        """
         if self.tapping and self.settings.refresh == "streaming" and several_ranks():
             if self.sketch is None:  # a layer without tokens on this rank
-                self.sketch = torch.zeros_like(self.matrix, dtype=self.work)
+                width = self.rank + (_PROBES if self.engine.observe is not None else 0)
+                self.sketch = self.matrix.new_zeros(self.matrix.shape[0], width, dtype=self.work)
             dist.all_reduce(self.sketch)
         if self.sketch is not None:
+            self.sketch, probed = self.sketch[:, : self.rank], self.sketch[:, self.rank :]
+            if momenta is not None:
+                self._add_momenta(momenta)
             self.candidate = self._new_basis(self.sketch, Left())
+            if self.engine.observe is not None:
+                self.engine.observe(self.layers[0].update, self._estimated(self.sketch, probed))
             self.sketch = None
+
+    def _add_momenta(self, momenta: Sequence[Momentum]) -> None:
+        """Z ← (1 − β)·Z + Q (β·M)ᵀ U with the M before the step: the sketch of the first moment after it.
+
+        Z is of gradients as the backward pass made them, M of gradients that were clipped, unscaled and averaged over
+        ranks since: the factor between the two is that between QᵀZ and RᵀU.
+        """
+        assert self.sketch is not None
+        basis = self.matrix.to(self.work)
+        after = torch.cat([self._tall(momentum.after) for momentum in momenta])
+        low = torch.cat([self._tall(momentum.low) for momentum in momenta])
+        test = torch.cat([part for layer in self.layers if (part := layer.test_matrix) is not None]).to(self.work)
+        beta = momenta[0].beta
+        seen, meant = basis.mT @ self.sketch, low.mT @ test
+        factor = (seen * meant).sum() / seen.square().sum().clamp_(min=torch.finfo(self.work).tiny)
+        carried = basis @ ((after - (1.0 - beta) * low).mT @ test)
+        self.sketch = self.sketch.mul_((1.0 - beta) * factor).add_(carried)
+
+    def _tall(self, low_rank: Tensor) -> Tensor:
+        """A low-rank matrix in working precision with the basis's directions as its columns."""
+        values = low_rank.detach().to(self.work)
+        return values if self.right else values.mT
+
+    def _probes(self, layer: LowRankLayer) -> Tensor:
+        """A layer's rows of a few columns of normal numbers, the same in all passes and on all ranks of a step."""
+        generator = seeded(self._seed(3, layer.index))
+        rows = layer.weight.shape[0 if self.right else 1]
+        assert layer.test_matrix is not None
+        return normal((rows, _PROBES), layer.test_matrix, generator)
+
+    def _estimated(self, sketch: Tensor, probed: Tensor) -> SubspaceStatistics:
+        """The statistics of a streaming refresh, from Z and from the image GᵀΩ (n, s) of normal numbers.
+
+        ‖G Q‖²/‖G‖² is about ‖QᵀGᵀΩ‖²/‖GᵀΩ‖², and ‖G‖₂ about ‖Z‖₂, from below.
+        """
+        assert self.candidate is not None
+        new, image = self._format.decode(self.candidate).to(self.work), probed.to(self.work)
+        whole = float(image.square().sum())
+        kept = float((new.mT @ image).square().sum())
+        energy = kept / whole if whole > 0 else float("nan")
+        peak = float(torch.linalg.matrix_norm(sketch, 2))
+        stable = whole / _PROBES / peak**2 if peak > 0 else float("nan")
+        turn = turned(new, self.matrix, Right(), new.shape)
+        return SubspaceStatistics(self.steps - 1, energy, turn, stable, self._last_seconds)
 
     def aim(self, moments: Sequence[Tensor]) -> None:
         """Takes the layers' U for the next refresh from the layers' first moments or low-rank gradients."""
-        tall = [moment.detach().to(self.work) for moment in moments]
-        tall = tall if self.right else [moment.mT for moment in tall]
+        tall = [self._tall(moment) for moment in moments]
         started = time.perf_counter()
         test = refresh(torch.cat(tall), self.rank, Left(), gram, None, self._seed(1))[0]
         self.seconds += time.perf_counter() - started
@@ -149,18 +243,22 @@ class LayerBasis:
         for layer, part in zip(self.layers, test.split(self._heights()), strict=True):
             layer.test_matrix = part
 
-    def _new_basis(self, matrix: Tensor, side: Side) -> Tensor:
+    def _new_basis(self, matrix: Tensor, side: Side) -> State:
         started = time.perf_counter()
-        method = SUBSPACES[self.settings.subspace]
-        basis, reason = refresh(matrix, self.rank, side, method, self.matrix, self._seed(2))
-        self.seconds += time.perf_counter() - started
+        settings, old = self.settings, self.matrix.to(self.work)
+        method = method_at(settings.subspace, self.steps, settings.random_from)
+        basis, reason = refresh(matrix, self.rank, side, method, old, self._seed(2))
+        if settings.moments == "align":
+            basis = align(basis, old)
+        self._last_seconds = time.perf_counter() - started
+        self.seconds += self._last_seconds
         if reason is not None:
             shape, step = tuple(self.layers[0].weight.shape), self.steps
             self.engine.warn(
                 f"a basis refresh found that {reason} (parameter of shape {shape}, step {step}): keeping the old "
                 "basis, or taking seeded random directions for what is missing"
             )
-        return basis.to(self.settings.state_dtype or self.work)
+        return self._format.encode(basis)
 
     def _random(self, size: int) -> Tensor:
         like = torch.empty(size, self.rank, dtype=self.work, device=self.layers[0].weight.stored.device)

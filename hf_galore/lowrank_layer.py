@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_galore.checks import check_choice, check_integer
 from hf_galore.frozen_weight import FrozenWeight
+from hf_galore.low_rank_options import check_low_rank
 from hf_galore.ops import product_dtype
-from hf_galore.optim.optimizer import check_integer, check_number
 from hf_galore.param_groups import is_conv1d
 from hf_galore.projected_linear import ProjectedLinear, TapGradient, dense
 from hf_galore.rounding import RoundingKey
-from hf_galore.subspace import SUBSPACES, Right, resolve_side
+from hf_galore.sides import Right, resolve_side
 
 if TYPE_CHECKING:
     from hf_galore.lowrank_basis import LayerBasis
@@ -47,8 +48,13 @@ class Settings:
     refresh: str = "streaming"
     moments: str | None = None
     subspace: str = "svd"
-    fold_every: int = 1
+    random_from: int | None = None
+    source: str = "gradient"
+    basis_dtype: str | None = None
+    equal_state: bool = False
     stagger: bool = False
+    lazy: bool = False
+    fold_every: int = 1
     state_dtype: torch.dtype | None = None
     stochastic_rounding: bool = True
     seed: int = 0
@@ -58,19 +64,14 @@ class Settings:
     def __post_init__(self) -> None:
         if self.moments is None:
             object.__setattr__(self, "moments", "keep" if self.refresh == "exact" else "rotate")
-        choices = {
-            "refresh": ("exact", "streaming"),
-            "moments": ("keep", "rotate"),
-            "subspace": tuple(SUBSPACES),
-            "proj_type": ("right", "left", "std"),
-        }
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(valid)}")
-        for name in ("rank", "update_proj_gap", "fold_every", "gradient_accumulation_steps"):
+        check_choice("refresh", self.refresh, ("exact", "streaming"))
+        check_choice("proj_type", self.proj_type, ("right", "left", "std"))
+        check_low_rank(vars(self))
+        for name in ("fold_every", "gradient_accumulation_steps"):
             check_integer(name, getattr(self, name), low=1)
         check_integer("seed", self.seed, low=0)
-        check_number("scale", self.scale, low=0.0)
+        if self.source == "moment" and self.refresh != "streaming":
+            raise ValueError("source='moment' needs refresh='streaming'")
         if self.siblings and (self.refresh != "streaming" or self.proj_type != "right"):
             raise ValueError("share_inputs needs refresh='streaming' and proj_type='right'")
 

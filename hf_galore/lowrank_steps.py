@@ -7,14 +7,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_galore.lowrank_basis import LayerBasis
+from hf_galore.lowrank_basis import LayerBasis, Momentum
 from hf_galore.lowrank_layer import LowRankLayer, Settings
+from hf_galore.optim.moments import bias_corrections
 from hf_galore.optim.optimizer import LowRankOptimizer
 from hf_galore.subspace import rotate
 
 Group = dict[str, Any]
 
-_KEPT = ("basis", "basis_steps", "test_matrix")  # what the projected backward keeps in the state of B
+# What the projected backward keeps in the state of B.
+_BASIS = ("basis", "basis_scale")
+_KEPT = (*_BASIS, "basis_steps", "test_matrix", "refresh_schedule")
 
 
 class Engine(Protocol):
@@ -42,6 +45,10 @@ class OptimizerSteps:
         groups = self._groups()
         if not groups.keys() >= engine.layers.keys():
             raise ValueError("optimizer: it does not have the small parameters; pass it param_groups() of this object")
+        if engine.settings.source == "moment" and any("betas" not in groups[update] for update in engine.layers):
+            raise ValueError(
+                f"source='moment': {type(optimizer).__name__} keeps no average of the gradients; use source='gradient'"
+            )
         if any(groups[update].get("scale_parameter") for update in engine.layers):
             raise ValueError("optimizer: scale_parameter=True would measure the small parameters; pass False")
         self._first = True
@@ -78,7 +85,7 @@ class OptimizerSteps:
         groups = self._groups()
         for basis, stepping in self._stepping(groups).items():
             if basis.candidate is not None:
-                self._adopt(basis, groups)
+                self._adopt(basis, groups, basis.steps)
             for layer in stepping if not self._at_once else ():
                 layer.wake()
 
@@ -92,9 +99,9 @@ class OptimizerSteps:
                     group = groups[layer.update]
                     layer.pending = True
                     layer.decay *= 1.0 - self._rate(layer, group) * (group.get("weight_decay") or 0.0)
-            basis.finish_sketch()
+            basis.finish_sketch(self._momenta(basis, groups))
             if basis.candidate is not None:
-                self._adopt(basis, groups)
+                self._adopt(basis, groups, basis.steps - 1)
             basis.forget()
             if basis.steps % self.engine.settings.fold_every == 0:
                 for layer in basis.layers:
@@ -107,7 +114,9 @@ class OptimizerSteps:
                 basis.aim([self._first_moment(layer, groups[layer.update]) for layer in basis.layers])
             for layer in stepped:
                 state = self.optimizer.state[layer.update]
-                state["basis"], state["basis_steps"] = basis.matrix, torch.tensor(float(basis.steps))
+                state.update(basis.kept, basis_steps=torch.tensor(float(basis.steps)))
+                if basis.lazy is not None:
+                    state["refresh_schedule"] = basis.lazy
                 state.pop("test_matrix", None)
                 if aims:
                     state["test_matrix"] = layer.test_matrix
@@ -128,36 +137,51 @@ class OptimizerSteps:
             return self.optimizer.rate(group, layer.basis.steps, layer.update)
         return float(group["lr"])
 
-    def _adopt(self, basis: LayerBasis, groups: dict[Tensor, Group]) -> None:
+    def _adopt(self, basis: LayerBasis, groups: dict[Tensor, Group], step: int) -> None:
         """Puts the candidate in force: folds what is in the old coordinates, moves the moments if asked to."""
-        assert basis.candidate is not None
         for layer in basis.layers:
             layer.fold()
-        overlap = basis.candidate.to(basis.work).mT @ basis.matrix.to(basis.work)
-        basis.matrix, basis.candidate = basis.candidate, None
-        if self.engine.settings.moments == "rotate":
-            for layer in basis.layers:
-                self._rotate(layer, groups[layer.update], overlap)
+        new, old = basis.adopt(step)
+        for layer in basis.layers:
+            state, group = self.optimizer.state.get(layer.update), groups[layer.update]
+            if state and self.engine.settings.moments == "rotate":
+                bias = bias_corrections(group, int(state["step"]))
+                self._change_moments(layer, group, partial(_rotated, new, old, layer, bias))
+            elif state and self.engine.settings.moments == "reset":
+                self._reset_moments(layer, group)
 
     # The moments of a small parameter, in any optimizer.
 
-    def _rotate(self, layer: LowRankLayer, group: Group, overlap: Tensor) -> None:
-        state = self.optimizer.state.get(layer.update)
-        if not state:
-            return
-        bias1 = bias2 = 1.0
-        if "betas" in group and group.get("correct_bias", True):
-            bias1, bias2 = (1.0 - beta ** int(state["step"]) for beta in group["betas"])
-        turn: Callable[[dict[str, Tensor]], None] = partial(
-            rotate, overlap=overlap, side=layer.side, bias1=bias1, bias2=bias2
-        )
+    def _change_moments(self, layer: LowRankLayer, group: Group, change: Callable[[dict[str, Tensor]], None]) -> None:
         if isinstance(self.optimizer, LowRankOptimizer):
-            self.optimizer.change_moments(layer.update, group, turn)
-        else:
-            moments = {name: value.to(layer.work) for name, value in state.items() if name.startswith("exp_avg")}
-            turn(moments)
-            for name, value in moments.items():
-                state[name].copy_(value)
+            self.optimizer.change_moments(layer.update, group, change)
+            return
+        state = self.optimizer.state[layer.update]
+        moments = {name: value.to(layer.work) for name, value in state.items() if name.startswith("exp_avg")}
+        change(moments)
+        for name, value in moments.items():
+            state[name].copy_(value)
+
+    def _reset_moments(self, layer: LowRankLayer, group: Group) -> None:
+        if isinstance(self.optimizer, LowRankOptimizer):
+            self.optimizer.reset_moments(layer.update, group)
+            return
+        state = self.optimizer.state[layer.update]
+        for name, value in state.items():
+            if name.startswith("exp_avg"):
+                value.zero_()
+        state["step"] = state["step"] * 0  # a number or a tensor; it counts for the bias corrections alone
+
+    def _momenta(self, basis: LayerBasis, groups: dict[Tensor, Group]) -> list[Momentum] | None:
+        """What the basis's sketch is mixed with, where `source` asks for that."""
+        if self.engine.settings.source != "moment" or basis.sketch is None:
+            return None
+        found = []
+        for layer in basis.layers:
+            gradient, group = layer.update.grad, groups[layer.update]
+            low = torch.zeros_like(layer.update) if gradient is None else gradient
+            found.append(Momentum(self._first_moment(layer, group), low, float(group["betas"][0])))
+        return found
 
     def _first_moment(self, layer: LowRankLayer, group: Group) -> Tensor:
         """The first moment; the low-rank gradient where the rule keeps none; zeros where there is neither yet."""
@@ -190,8 +214,15 @@ class OptimizerSteps:
                 layer.fold()
                 state = self.optimizer.state.get(layer.update, {})
                 if "basis" in state:
-                    basis.matrix, basis.steps = state["basis"], int(state["basis_steps"])
+                    basis.kept = {name: state[name] for name in _BASIS if name in state}
+                    basis.steps, basis.lazy = int(state["basis_steps"]), state.get("refresh_schedule")
                     layer.test_matrix = state.get("test_matrix", layer.test_matrix)
                     basis.tapping = basis.due()
             if basis.tapping and any(layer.test_matrix is None for layer in basis.layers):
                 basis.aim_anywhere()  # the state is that of a run with refresh='exact'
+
+
+def _rotated(
+    new: Tensor, old: Tensor, layer: LowRankLayer, bias: tuple[float, float], moments: dict[str, Tensor]
+) -> None:
+    rotate(moments, new, old, layer.side, *bias)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_galore.optim.optimizer import LOW_RANK_DEFAULTS
+from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 
 ALL_LINEAR = "all-linear"
 _LEFT_OUT = ("lm_head", "score", "classifier", "router")  # by name, besides what the model itself calls its head

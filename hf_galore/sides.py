@@ -29,6 +29,12 @@ class Side(Protocol):
     def sizes(self, rows: int, cols: int) -> tuple[int, ...]:
         """The heights of the orthonormal blocks that are stacked in the basis of an (m, n) matrix."""
 
+    def low_rank(self, rows: int, cols: int, rank: int) -> tuple[int, int]:
+        """The shape of R for an (m, n) gradient."""
+
+    def overlaps(self, new: Tensor, old: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """newᵀ old (..., r, r), of the bases of the rows and of the columns; None where nothing is projected."""
+
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         """R, the gradient in the coordinates of the basis."""
 
@@ -46,6 +52,12 @@ class Right:
     def sizes(self, rows: int, cols: int) -> tuple[int, ...]:
         return (cols,)
 
+    def low_rank(self, rows: int, cols: int, rank: int) -> tuple[int, int]:
+        return rows, rank
+
+    def overlaps(self, new: Tensor, old: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return None, new.mT @ old
+
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         return matmul(grad, basis)
 
@@ -62,6 +74,12 @@ class Left:
 
     def sizes(self, rows: int, cols: int) -> tuple[int, ...]:
         return (rows,)
+
+    def low_rank(self, rows: int, cols: int, rank: int) -> tuple[int, int]:
+        return rank, cols
+
+    def overlaps(self, new: Tensor, old: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return new.mT @ old, None
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         return matmul(basis.mT, grad)
@@ -81,6 +99,13 @@ class Both:
 
     def sizes(self, rows: int, cols: int) -> tuple[int, ...]:
         return (rows, cols)
+
+    def low_rank(self, rows: int, cols: int, rank: int) -> tuple[int, int]:
+        return rank, rank
+
+    def overlaps(self, new: Tensor, old: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        left, right = (slice(None, self.rows), slice(self.rows, None))
+        return new[..., left, :].mT @ old[..., left, :], new[..., right, :].mT @ old[..., right, :]
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         left, right = basis[..., : self.rows, :], basis[..., self.rows :, :]
@@ -119,6 +144,19 @@ def resolve_side(proj_type: str, shape: Sequence[int]) -> Side:
             "(E, m, n) can be projected. Flat shards (DeepSpeed ZeRO, FSDP1) hold no matrices"
         )
     return _SIDES[proj_type](shape[-2], shape[-1])
+
+
+def rank_of(rank: int, shape: Sequence[int], side: Side, equal_state: bool = False) -> int:
+    """The rank that a parameter of this shape (..., m, n) gets where `rank` is asked for: at most min(m, n).
+
+    Args:
+        equal_state: a wide matrix (m < n) that is projected on the right gets the rank at which Adam's moments and the
+            basis take the memory that `std` would give them on the left: 2·r'·m + r'·n = 2·r·n + r·m elements.
+    """
+    rows, cols = shape[-2:]
+    if equal_state and isinstance(side, Right) and rows < cols:
+        rank = rank * (2 * cols + rows) // (2 * rows + cols)
+    return min(rank, rows, cols)
 
 
 def project(grad: Tensor, basis: Tensor, side: Side) -> Tensor:

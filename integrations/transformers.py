@@ -24,11 +24,12 @@ from transformers.utils.import_utils import is_galore_torch_available as _asks_f
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_galore.frozen_weight import holds_codes
+from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_backward import disable, enable
 from hf_galore.optim.adafactor import GaLoreAdafactor
 from hf_galore.optim.adamw import GaLoreAdamW
 from hf_galore.optim.adamw8bit import GaLoreAdamW8bit
-from hf_galore.optim.optimizer import GALORE_TORCH_STATE, LOW_RANK_DEFAULTS, STATE_DTYPES
+from hf_galore.optim.optimizer import GALORE_TORCH_STATE, STATE_DTYPES
 from hf_galore.param_groups import find_targets, galore_param_groups, warn_of_a_small_share
 
 OPTIMIZERS: dict[OptimizerNames, type[torch.optim.Optimizer]] = {
@@ -231,12 +232,17 @@ _GROUP_KEYS: dict[str, Callable[[str], Any]] = {
     "scale": float,
     "proj_type": str,
     "subspace": str,
+    "random_from": int,
+    "moments": str,
+    "source": str,
+    "basis_dtype": str,
+    "equal_state": _boolean,
+    "stagger": _boolean,
+    "lazy": _boolean,
 }
 _LAYERWISE_KEYS: dict[str, Callable[[str], Any]] = {
     "refresh": str,
-    "moments": str,
     "fold_every": int,
-    "stagger": _boolean,
     "share_inputs": _boolean,
 }
 _OPTIMIZER_KEYS: dict[str, Callable[[str], Any]] = {

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_galore.optim.optimizer import Group, LowRankOptimizer, check_boolean, check_number
+from hf_galore.checks import check_boolean, check_number
+from hf_galore.optim.optimizer import Group, LowRankOptimizer
 
 
 class GaLoreAdafactor(LowRankOptimizer):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_galore.optim.optimizer import Group, LowRankOptimizer, check_boolean, check_number
+from hf_galore.checks import check_boolean, check_number
+from hf_galore.optim.optimizer import Group, LowRankOptimizer
 
 
 class GaLoreAdamW(LowRankOptimizer):
@@ -68,6 +69,9 @@ class GaLoreAdamW(LowRankOptimizer):
 
     def check_group(self, group: Group) -> None:
         check_adam(group)
+
+    def momentum(self, group: Group) -> float | None:
+        return float(group["betas"][0])
 
     def moment_shapes(self, shape: torch.Size, group: Group) -> dict[str, torch.Size]:
         return {"exp_avg": shape, "exp_avg_sq": shape}

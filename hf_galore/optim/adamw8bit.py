@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_galore.checks import check_integer
 from hf_galore.optim.adamw import GaLoreAdamW
 from hf_galore.optim.moments import Blockwise8bit, MomentFormat
-from hf_galore.optim.optimizer import Group, LowRankOptimizer, check_integer
+from hf_galore.optim.optimizer import Group, LowRankOptimizer
 
 
 class GaLoreAdamW8bit(GaLoreAdamW):

@@ -5,6 +5,7 @@ working precision (float32, or float64 for float64 parameters), and `write(state
 changes the value in place and never learns which format it was.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +17,14 @@ from hf_galore.optim import blockwise
 from hf_galore.rounding import RoundingKey
 
 State = dict[str, Any]
+
+
+def bias_corrections(group: Mapping[str, Any], steps: int) -> tuple[float, float]:
+    """1 − βᵗ of both moments after t = `steps` steps; ones where the rule corrects no bias."""
+    if "betas" not in group or not group.get("correct_bias", True):
+        return 1.0, 1.0
+    beta1, beta2 = group["betas"]
+    return 1.0 - beta1**steps, 1.0 - beta2**steps
 
 
 class MomentFormat(Protocol):

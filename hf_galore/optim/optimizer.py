@@ -5,7 +5,6 @@ and knows nothing of bases, dtypes or state formats; those are chosen here, each
 """
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,18 +13,21 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from hf_galore.checks import check_boolean, check_integer, check_number
+from hf_galore.low_rank_options import LOW_RANK_DEFAULTS, check_low_rank
 from hf_galore.ops import BLOCK_ELEMENTS, add_, add_lowrank_, product_dtype, scale_
 from hf_galore.optim.blockwise import BLOCK as QUANTIZATION_BLOCK
+from hf_galore.optim.matrix import LowRankMatrix, working_dtype
 from hf_galore.optim.moments import Float, MomentFormat, State
+from hf_galore.optim.refreshing import Group, Member, refresh_bases
 from hf_galore.rounding import RoundingKey, mix64
-from hf_galore.subspace import PROJ_TYPES, SUBSPACES, Side, refresh, resolve_side
+from hf_galore.schedule import offset
+from hf_galore.sides import resolve_side
+from hf_galore.statistics import Observer
 
-Group = dict[str, Any]
 Formats = dict[str, tuple[torch.Size, MomentFormat]]  # shape and format of each moment
 
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-LOW_RANK_DEFAULTS: dict[str, Any] = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "subspace": "svd"}
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -38,9 +40,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         R = project(G);  N = rule(R);  W ← (1 − lr·weight_decay)·W − lr·scale·back(N)
 
     Group keys, as in galore-torch: `rank` (projected if present), `update_proj_gap`, `scale`, `proj_type` (std,
-    reverse_std, right, left, full). Ours: `subspace` (svd, randomized, gram, random), `state_dtype` (None: float32,
-    and float64 for float64 parameters; or bfloat16), `stochastic_rounding` (of bfloat16 weights and states), `seed`.
-    State of a parameter, created at its first step: `step`, the rule's moments, `basis`. Tensors only.
+    reverse_std, right, left, full). Ours, for groups with a rank:
+
+        subspace      svd, randomized, gram, random, late_random: how a basis is made (`hf_galore.bases`)
+        random_from   the step from which `late_random` takes random bases
+        moments       at a refresh: keep (the paper), align (keep, with the new basis's signs as the old one's), rotate
+                      (LDAdam's formulas), reset (to zero, bias corrections included)
+        source        what a basis is made of: gradient (the paper), or moment, the first moment as the gradient would
+                      change it, (1 − β1)·G + β1·back(M)
+        basis_dtype   how it is kept (`hf_galore.basis_store`): float32, bfloat16, int8, int4; None is as `state_dtype`
+                      says, and a random basis as its seed
+        equal_state   wide matrices on the right get the rank whose state is that of std (`hf_galore.sides.rank_of`)
+        stagger       matrix i of L in its group refreshes i·T/L steps early, so that no step pays for all
+        lazy          matrices whose basis hardly turns refresh less often (`hf_galore.schedule`)
+
+    and for all: `state_dtype` (None: float32, and float64 for float64 parameters; or bfloat16), `stochastic_rounding`
+    (of bfloat16 weights and states), `seed`. State of a parameter, created at its first step: `step`, the rule's
+    moments, `basis` (with `basis_scale`, or `basis_seed` alone), and where they are asked for `refresh_schedule` and
+    `reset_step`. Tensors only. Where `observe` is set, it is called with the parameter and the `SubspaceStatistics` of
+    each refresh.
 
     Raises:
         ValueError: a hyper-parameter is out of range, or a vector is in a group with `rank`.
@@ -51,6 +69,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._refresh_seconds = 0.0
         self._warned: set[str] = set()
+        self.observe: Observer | None = None
         # What takes the step (delta, in working precision) and the decay of a parameter in the parameter's place.
         self.write_backs: dict[Tensor, Callable[[Tensor, float], None]] = {}
         super().__init__(params, defaults)
@@ -76,6 +95,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
+    def momentum(self, group: Group) -> float | None:
+        """The decay rate of `exp_avg`, if that is an average of gradients."""
+        return None
+
     def moment_format(self, name: str, shape: torch.Size, group: Group, work: torch.dtype) -> MomentFormat:
         """How the named moment is kept between steps."""
         return Float(group["state_dtype"] or work, work)
@@ -99,6 +122,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             group.update(param_group)
         _check_common(group)
         self.check_group(group)
+        if group.get("rank") is not None and group["source"] == "moment" and self.momentum(group) is None:
+            raise ValueError(
+                f"source='moment': {type(self).__name__} keeps no average of the gradients; use source='gradient'"
+            )
         super().add_param_group(param_group)
         try:
             _check_params(self.param_groups[-1])
@@ -110,6 +137,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_refresh_seconds", 0.0)
         self.__dict__.setdefault("_warned", set())
+        self.__dict__.setdefault("observe", None)
         self.__dict__.setdefault("write_backs", {})
         for group in self.param_groups:  # a state dict of an older version may lack keys that came later
             for key, value in (self.defaults | (LOW_RANK_DEFAULTS if group.get("rank") is not None else {})).items():
@@ -146,32 +174,43 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        stepping = list(self._stepping())
+        if any(param.grad is not None and param.grad.is_sparse for param, *_ in stepping):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        self._refresh_seconds += refresh_bases(self, [member for *_, member in stepping if member is not None])
+        for param, group, number, member in stepping:
+            self._step_one(param, group, number, member)
+        return loss
+
+    def _stepping(self) -> Iterator[tuple[Tensor, Group, int, Member | None]]:
+        """The parameters with a gradient: each with its group, its number among all, and as a matrix to project."""
         number = 0
         for group in self.param_groups:
-            for param in group["params"]:
+            count = len(group["params"])
+            for index, param in enumerate(group["params"]):
                 if param.grad is not None and param.numel() > 0:
-                    self._step_one(param, group, number)
+                    state, member = self.state[param], None
+                    if group.get("rank") is not None:
+                        early = offset(index, count, group["update_proj_gap"], group["stagger"])
+                        member = Member(LowRankMatrix(param, group), group, state, number, early)
+                    yield param, group, number, member
                 number += 1
-        return loss
 
     # The step of one parameter, in the order of the paper.
 
-    def _step_one(self, param: Tensor, group: Group, number: int) -> None:
-        """Steps parameter `number` (counted over all groups)."""
+    def _step_one(self, param: Tensor, group: Group, number: int, member: Member | None) -> None:
+        """Steps parameter `number` (counted over all groups), which is `member` if it is projected."""
         grad = param.grad
         assert grad is not None
-        if grad.is_sparse:
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         state = self.state[param]
-        work = _working_dtype(param)
+        work = working_dtype(param)
         done = int(state.get("step", 0))
-        key = RoundingKey(group["seed"], done, number)
-        side = None
-        if group.get("rank") is not None:
-            side = resolve_side(group["proj_type"], param.shape)
-            if done % group["update_proj_gap"] == 0 or "basis" not in state:
-                state["basis"] = self._refresh(param, side, group, key).to(group["state_dtype"] or work)
-            grad = side.project(grad, state["basis"].to(product_dtype(grad.dtype, grad.device)))
+        key = RoundingKey(group["seed"], done, number) if group["stochastic_rounding"] else None
+        basis = None
+        if member is not None:
+            basis = member.matrix.basis(state)
+            assert basis is not None
+            grad = member.matrix.side.project(grad, basis.to(product_dtype(grad.dtype, grad.device)))
         formats = self._formats(grad.shape, group, work)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -180,14 +219,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         lr = self.rate(group, done + 1, param)
         beta = 1.0 - lr * group["weight_decay"]
-        step = _Step(group, formats, done + 1, lr, number, key if group["stochastic_rounding"] else None)
-        if side is not None or param in self.write_backs:
+        step = _Step(group, formats, done + 1 - int(state.get("reset_step", 0)), lr, number, key)
+        if member is not None or param in self.write_backs:
             delta = torch.zeros(grad.shape, dtype=work, device=param.device)
             self._update(delta, grad, state, step)
-            if side is None:
+            if member is None or basis is None:
                 self.write_backs[param](delta, beta)
             else:
-                left, right = side.factors(delta, state["basis"].to(work))
+                left, right = member.matrix.side.factors(delta, basis.to(work))
                 add_lowrank_(param, left, right, alpha=group["scale"], beta=beta, key=step.key)
             return
         for rows, of_grad, of_state, first_row in self._blocks(param, grad, state, formats):
@@ -214,7 +253,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Where something is kept in another precision than the working one, a rule that works element by element takes a
         block of rows after the other: no copy is as large as the parameter then.
         """
-        work = _working_dtype(param)
+        work = working_dtype(param)
         copies = param.dtype != work or any(kept.dtype != work for _, kept in formats.values())
         dense = param.is_contiguous() and grad.is_contiguous()
         if not (copies and dense and self.elementwise and param.dim() >= 2):
@@ -239,38 +278,30 @@ class LowRankOptimizer(torch.optim.Optimizer):
         }
 
     def change_moments(self, param: Tensor, group: Group, change: Callable[[dict[str, Tensor]], None]) -> None:
-        """Lets `change` alter the moments of a full-rank parameter in place, in working precision, whatever they are
-        kept in."""
+        """Lets `change` alter the moments of a parameter in place, in working precision, whatever they are kept in."""
         moments = self.read_moments(param, group)
         change(moments)
-        for name, (_, kept) in self._formats(param.shape, group, _working_dtype(param)).items():
+        for name, (_, kept) in self._formats_of(param, group).items():
             kept.write(self.state[param], name, moments[name], None)
 
     def read_moments(self, param: Tensor, group: Group) -> dict[str, Tensor]:
-        """The moments of a full-rank parameter in working precision."""
-        formats = self._formats(param.shape, group, _working_dtype(param))
-        return {name: kept.read(self.state[param], name) for name, (_, kept) in formats.items()}
+        """The moments of a parameter in working precision."""
+        return {name: kept.read(self.state[param], name) for name, (_, kept) in self._formats_of(param, group).items()}
 
-    def _refresh(self, param: Tensor, side: Side, group: Group, key: RoundingKey) -> Tensor:
-        """The new basis of a parameter, from its gradient; warns where the gradient cannot give one."""
-        started = time.perf_counter()
-        assert param.grad is not None
-        if group["rank"] > min(param.shape[-2:]):
-            self._warn(
-                f"rank={group['rank']} is larger than a matrix of shape {tuple(param.shape)} has: it is clamped"
-            )
-        seed = mix64(*key) >> 1  # torch's generators take 63 bits
-        previous = self.state[param].get("basis")
-        basis, reason = refresh(param.grad, group["rank"], side, SUBSPACES[group["subspace"]], previous, seed)
-        if reason is not None:
-            self._warn(
-                f"a basis refresh found that {reason} (parameter of shape {tuple(param.shape)}, step {key.step}): "
-                "keeping the old basis, or taking seeded random directions where there is none"
-            )
-        self._refresh_seconds += time.perf_counter() - started
-        return basis
+    def reset_moments(self, param: Tensor, group: Group) -> None:
+        """Makes the moments of a parameter zero, and lets their bias corrections start again."""
+        state = self.state[param]
+        for name, (shape, kept) in self._formats_of(param, group).items():
+            kept.create(state, name, shape, param.device)
+        state["reset_step"] = state["step"].clone()
 
-    def _warn(self, message: str) -> None:
+    def _formats_of(self, param: Tensor, group: Group) -> Formats:
+        is_projected = group.get("rank") is not None
+        shape = LowRankMatrix(param, group).low_rank_shape if is_projected else param.shape
+        return self._formats(shape, group, working_dtype(param))
+
+    def warn(self, message: str) -> None:
+        """Warns once for each kind of message (its first words)."""
         warn_once(self._warned, type(self).__name__, message)
 
 
@@ -301,6 +332,9 @@ GALORE_TORCH_STATE = (
 )
 
 
+_READ_BY_THE_HOST = ("basis_seed", "refresh_schedule", "reset_step")  # beside `step`: small, and never on a device
+
+
 class _Sealed:
     """A tensor that torch's load_state_dict passes on as it is."""
 
@@ -328,7 +362,7 @@ def _check_formats(optimizer: LowRankOptimizer, param: Tensor, group: Group, sta
     for name in optimizer.moment_shapes(param.shape, group):
         moment = state.get(name)
         if isinstance(moment, Tensor):
-            kept = optimizer.moment_format(name, moment.shape, group, _working_dtype(param)).dtype
+            kept = optimizer.moment_format(name, moment.shape, group, working_dtype(param)).dtype
             if (moment.dtype == torch.uint8) != (kept == torch.uint8):
                 raise ValueError(
                     f"{name} was saved as {moment.dtype}, and {type(optimizer).__name__} keeps it as {kept}: load "
@@ -341,13 +375,10 @@ def _unseal(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items() if isinstance(state, dict) else ():
             if name == "step":
                 state[name] = torch.as_tensor(value.tensor if isinstance(value, _Sealed) else value).float().cpu()
+            elif isinstance(value, _Sealed) and name in _READ_BY_THE_HOST:
+                state[name] = value.tensor.cpu()
             elif isinstance(value, _Sealed):
                 state[name] = value.tensor.to(param.device).contiguous()
-
-
-def _working_dtype(param: Tensor) -> torch.dtype:
-    """The precision that a parameter's step is computed in."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def _check_params(group: Group) -> None:
@@ -369,36 +400,5 @@ def _check_common(group: Group) -> None:
         raise ValueError(f"state_dtype={group['state_dtype']!r} is not one of None, {', '.join(STATE_DTYPES)}")
     check_boolean("stochastic_rounding", group["stochastic_rounding"])
     check_integer("seed", group["seed"], low=0)
-    if group.get("rank") is None:
-        return
-    check_integer("rank", group["rank"], low=1)
-    check_integer("update_proj_gap", group["update_proj_gap"], low=1)
-    check_number("scale", group["scale"], low=0.0)
-    if group["proj_type"] not in PROJ_TYPES:
-        raise ValueError(f"proj_type={group['proj_type']!r} is not one of {', '.join(PROJ_TYPES)}")
-    if group["subspace"] not in SUBSPACES:
-        raise ValueError(f"subspace={group['subspace']!r} is not one of {', '.join(SUBSPACES)}")
-
-
-def check_number(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
-    """Raises TypeError unless `value` is a number, ValueError unless it is finite and low <= value < high."""
-    if isinstance(value, bool | str) or not isinstance(value, int | float | Tensor):
-        raise TypeError(f"{name}={value!r} is not a number")
-    if not low <= float(value) < high:
-        raise ValueError(
-            f"Invalid {name}: {value} - should be >= {low}" + (f" and < {high}" if high < math.inf else "")
-        )
-
-
-def check_integer(name: str, value: Any, *, low: int) -> None:
-    """Raises TypeError unless `value` is an int, ValueError if it is below `low`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is not an integer")
-    if value < low:
-        raise ValueError(f"Invalid {name}: {value} - should be >= {low}")
-
-
-def check_boolean(name: str, value: Any) -> None:
-    """Raises TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is not True or False")
+    if group.get("rank") is not None:
+        check_low_rank(group)

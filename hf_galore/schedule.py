@@ -1,0 +1,43 @@
+"""When the basis of a matrix is refreshed: every T steps, staggered over the matrices, or lazily.
+
+lazy: a matrix whose basis hardly turns is refreshed less often. If five refreshes in a row give a basis similar to the
+one before (the mean cosine between their columns, signs aside, is at least 0.4), its gap doubles.
+
+Paper: Q-GaLore, arXiv 2407.08296. Different here: the signs of columns, which are arbitrary, do not count.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_galore.subspace import align
+
+_SIMILAR, _IN_A_ROW = 0.4, 5
+
+
+def offset(index: int, count: int, gap: int, stagger: bool) -> int:
+    """How many steps early the matrix `index` of `count` refreshes."""
+    return index * gap // count if stagger else 0
+
+
+def due(step: int, gap: int, early: int, lazy: Tensor | None) -> bool:
+    """Whether the step after `step` steps is a refresh; `lazy` is the schedule of `postponed`, if there is one."""
+    if step == 0:
+        return True
+    return (step + early) % gap == 0 if lazy is None else step >= int(lazy[0])
+
+
+def postponed(lazy: Tensor | None, step: int, gap: int, early: int, new: Tensor, old: Tensor | None) -> Tensor:
+    """The lazy schedule after a refresh in this step: (next refresh, gap, similar refreshes in a row), int64."""
+    _, gap, similar = (0, gap, 0) if lazy is None else lazy.tolist()
+    similar = similar + 1 if old is not None and similarity(new, old) >= _SIMILAR else 0
+    if similar == _IN_A_ROW:
+        gap, similar = 2 * gap, 0
+    return torch.tensor([step + gap - (early if step == 0 else 0), gap, similar])
+
+
+def similarity(new: Tensor, old: Tensor) -> float:
+    """The mean cosine between the columns of two bases (..., n, r), each turned the way that makes it positive."""
+    if new.shape != old.shape:
+        return 0.0
+    cosines = (align(new, old) * old).sum(dim=-2) / (new.norm(dim=-2) * old.norm(dim=-2))
+    return float(cosines.mean())
