@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from corpus import Blocks, load_corpus
 from measure import state_bytes
 
-BATCH, HELD_OUT_BLOCKS = 8, 128  # blocks in a step, and for the perplexity at most
+HELD_OUT_BLOCKS = 128  # for the perplexity, at most
+EVAL_BATCH = 8
 TARGETS = ["self_attn", "mlp"]
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-8}  # of every method; none decays weights
 REWARM = 10  # steps in which the adapters' rate grows again after a merge of ReLoRA
@@ -43,6 +44,7 @@ class Study(NamedTuple):
     steps: int
     rank: int
     gap: int
+    batch: int  # blocks in a step
     methods: Sequence[str]
 
 
@@ -52,7 +54,7 @@ class Run(NamedTuple):
     method: str
     lr_matrices: float
     lr_rest: float
-    seed: int  # of the weights and the order of the data
+    seed: int  # of the weights, the order of the data and what is random in a method
 
 
 def measure(study: Study, method: Method, run: Run, folder: Path, text: Path | None) -> dict[str, Any]:
@@ -86,11 +88,11 @@ def prepare(model: nn.Module, study: Study, method: Method, run: Run) -> tuple[n
     low_rank = {"rank": study.rank, "update_proj_gap": study.gap, "scale": run.lr_matrices / run.lr_rest}
     if method.kind == "galore":
         groups = galore_param_groups(model, TARGETS, **low_rank, **method.options)
-        optimizer = GaLoreAdamW(groups, lr=run.lr_rest, **ADAM)
+        optimizer = GaLoreAdamW(groups, lr=run.lr_rest, seed=run.seed, **ADAM)
         return model, optimizer, optimizer
     if method.kind == "layerwise":
-        engine = enable(model, TARGETS, **low_rank, **method.options)
-        optimizer = GaLoreAdamW(engine.param_groups(model), lr=run.lr_rest, **ADAM)
+        engine = enable(model, TARGETS, **low_rank, seed=run.seed, **method.options)
+        optimizer = GaLoreAdamW(engine.param_groups(model), lr=run.lr_rest, seed=run.seed, **ADAM)
         engine.attach(optimizer)
         return model, optimizer, engine
     names = find_targets(model, TARGETS)
@@ -119,7 +121,7 @@ def train(
 ) -> list[float]:
     """The losses of all steps."""
     generator, losses = torch.Generator().manual_seed(seed), []
-    epochs = math.ceil(study.steps * BATCH / len(blocks))
+    epochs = math.ceil(study.steps * study.batch / len(blocks))
     order = torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(epochs)]).tolist()
     peaks = [group["lr"] for group in optimizer.param_groups]
     for step in range(study.steps):
@@ -129,7 +131,7 @@ def train(
             if step % study.gap == 0:
                 restart(model, optimizer)
             optimizer.param_groups[0]["lr"] *= min(1.0, (step % study.gap + 1) / REWARM)
-        tokens = tokens_of(blocks, order[step * BATCH : (step + 1) * BATCH])
+        tokens = tokens_of(blocks, order[step * study.batch : (step + 1) * study.batch])
         optimizer.zero_grad()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -169,8 +171,8 @@ def merge(layer: LoraLayer) -> None:
 def loss_of(model: nn.Module, blocks: Blocks) -> float:
     """The mean loss on the blocks."""
     losses = []
-    for first in range(0, len(blocks), BATCH):
-        tokens = tokens_of(blocks, range(first, min(first + BATCH, len(blocks))))
+    for first in range(0, len(blocks), EVAL_BATCH):
+        tokens = tokens_of(blocks, range(first, min(first + EVAL_BATCH, len(blocks))))
         losses += [model(input_ids=tokens, labels=tokens).loss] * len(tokens)
     return float(torch.stack(losses).mean())
 

@@ -2,7 +2,7 @@
 
     export OMP_NUM_THREADS=1
     python examples/benchmarks/subspace_ablation.py --study wide --grid --jobs 2 \\
-        --methods AdamW "randomized + rotate" LoRA ReLoRA
+        --methods AdamW "randomized + rotate"
     python examples/benchmarks/subspace_ablation.py --study wide --jobs 2
     python examples/benchmarks/subspace_ablation.py --study wide --table
 
@@ -30,7 +30,7 @@ import peft
 import result_file
 import torch
 import transformers
-from ablation_run import BATCH, Method, Run, Study, load, measure
+from ablation_run import Method, Run, Study, load, measure
 
 import hf_galore
 
@@ -106,10 +106,11 @@ def llama(hidden: int, intermediate: int, heads: int, layers: int, vocabulary: i
     }
 
 
+WIDE = [name for name in METHODS if name not in ("LoRA", "ReLoRA")]
 FINAL = ["AdamW", "svd + keep (the paper)", "randomized + rotate", "streaming + rotate", "LoRA", "ReLoRA"]
 STUDIES = {
-    "wide": Study(llama(256, 704, 4, 4, 4096), steps=500, rank=64, gap=50, methods=list(METHODS)),
-    "final": Study(llama(384, 1024, 6, 6, 8192), steps=600, rank=96, gap=50, methods=FINAL),
+    "wide": Study(llama(256, 704, 4, 4, 4096), steps=500, rank=64, gap=50, batch=4, methods=WIDE),
+    "final": Study(llama(384, 1024, 6, 6, 8192), steps=600, rank=96, gap=50, batch=8, methods=FINAL),
 }
 
 
@@ -216,7 +217,7 @@ def append(options: argparse.Namespace, study: Study, run: Run, rates_from: str,
         **result,
         "text": text_name(options),
         "steps": study.steps,
-        "tokens": study.steps * BATCH * study.model["max_position_embeddings"],
+        "tokens": study.steps * study.batch * study.model["max_position_embeddings"],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,

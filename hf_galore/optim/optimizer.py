@@ -174,9 +174,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepping = list(self._stepping())
-        if any(param.grad is not None and param.grad.is_sparse for param, *_ in stepping):
+        gradients = [param.grad for group in self.param_groups for param in group["params"]]
+        if any(grad is not None and grad.is_sparse for grad in gradients):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        stepping = list(self._stepping())
         self._refresh_seconds += refresh_bases(self, [member for *_, member in stepping if member is not None])
         for param, group, number, member in stepping:
             self._step_one(param, group, number, member)

@@ -18,7 +18,7 @@ import subspace_ablation as script  # noqa: E402
 METHODS = ["AdamW", "randomized + rotate", "streaming + rotate", "LoRA", "ReLoRA"]
 TUNED = [name for name in METHODS if name != "streaming + rotate"]
 RATES = ["--lr_matrices", "1e-3", "1e-2", "--lr_rest", "1e-2"]
-TINY = script.Study(script.llama(32, 64, 2, 1, 300, 16), steps=8, rank=8, gap=3, methods=METHODS)
+TINY = script.Study(script.llama(32, 64, 2, 1, 300, 16), steps=8, rank=8, gap=3, batch=8, methods=METHODS)
 
 
 @pytest.fixture(scope="module")
