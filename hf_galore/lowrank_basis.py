@@ -177,7 +177,7 @@ class LayerBasis:
                 self._add_momenta(momenta)
             self.candidate = self._new_basis(self.sketch, Left())
             if self.engine.observe is not None:
-                self.engine.observe(self.layers[0].update, self._estimated(self.sketch, probed))
+                self.engine.observe(self.layers[0].update, self._estimated(probed))
             self.sketch = None
 
     def _add_momenta(self, momenta: Sequence[Momentum]) -> None:
@@ -209,20 +209,18 @@ class LayerBasis:
         assert layer.test_matrix is not None
         return normal((rows, _PROBES), layer.test_matrix, generator)
 
-    def _estimated(self, sketch: Tensor, probed: Tensor) -> SubspaceStatistics:
-        """The statistics of a streaming refresh, from Z and from the image GᵀΩ (n, s) of normal numbers.
+    def _estimated(self, probed: Tensor) -> SubspaceStatistics:
+        """The statistics of a streaming refresh, from the image GᵀΩ (n, s) of normal numbers.
 
-        ‖G Q‖²/‖G‖² is about ‖QᵀGᵀΩ‖²/‖GᵀΩ‖², and ‖G‖₂ about ‖Z‖₂, from below.
+        ‖G Q‖²/‖G‖² is about ‖QᵀGᵀΩ‖²/‖GᵀΩ‖². The stable rank is not known: Z says too little of ‖G‖₂.
         """
         assert self.candidate is not None
         new, image = self._format.decode(self.candidate).to(self.work), probed.to(self.work)
         whole = float(image.square().sum())
         kept = float((new.mT @ image).square().sum())
         energy = kept / whole if whole > 0 else float("nan")
-        peak = float(torch.linalg.matrix_norm(sketch, 2))
-        stable = whole / _PROBES / peak**2 if peak > 0 else float("nan")
-        turn = turned(new, self.matrix, Right(), new.shape)
-        return SubspaceStatistics(self.steps - 1, energy, turn, stable, self._last_seconds)
+        turn = turned(new, self.matrix, Left(), new.shape)
+        return SubspaceStatistics(self.steps - 1, energy, turn, float("nan"), self._last_seconds)
 
     def aim(self, moments: Sequence[Tensor]) -> None:
         """Takes the layers' U for the next refresh from the layers' first moments or low-rank gradients."""

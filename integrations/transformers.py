@@ -24,6 +24,7 @@ from transformers.utils.import_utils import is_galore_torch_available as _asks_f
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_galore.frozen_weight import holds_codes
+from hf_galore.integrations.subspace_log import SubspaceLog
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_backward import disable, enable
 from hf_galore.optim.adafactor import GaLoreAdafactor
@@ -150,6 +151,7 @@ def _read(
             "name, or a list of those"
         )
     low_rank, options = _read_optim_args(ctx.optim_args, keys)
+    options.pop("statistics", None)  # `_create_optimizer` sees to that
     kwargs: dict[str, Any] = {**ctx.optimizer_kwargs, "seed": ctx.args.seed, **options}
     if optimizers[name] is GaLoreAdafactor:
         kwargs.update(scale_parameter=False, relative_step=False)
@@ -183,7 +185,18 @@ def _create_optimizer(self: hf_trainer.Trainer, model: nn.Module | None = None) 
         engine.install()  # train() once more: the same layers, the same state
     else:
         disable(self.model if model is None else model)
-    return _original("create_optimizer")(self, model)
+    made = _original("create_optimizer")(self, model)
+    if optimizer is None and _asks_for_statistics(self.args):
+        log = SubspaceLog(self)
+        getattr(made, "lowrank_backward", made).observe = log
+        self.add_callback(log)
+    return made
+
+
+def _asks_for_statistics(args: TrainingArguments) -> bool:
+    is_ours = OptimizerNames(args.optim) in (*OPTIMIZERS, *LAYERWISE)
+    given = trainer_optimizer._parse_optim_args(args.optim_args) if is_ours else {}
+    return _boolean(given.get("statistics", "false"))
 
 
 def _train(self: hf_trainer.Trainer, *args: Any, **kwargs: Any) -> Any:
@@ -250,21 +263,21 @@ _OPTIMIZER_KEYS: dict[str, Callable[[str], Any]] = {
     "stochastic_rounding": _boolean,
     "seed": int,
 }
+_TRAINER_KEYS: dict[str, Callable[[str], Any]] = {"statistics": _boolean}
 _MEANING: dict[Any, str] = {int: "an integer", float: "a number"}
-VALID_KEYS = (
-    f"{', '.join((*_GROUP_KEYS, *_OPTIMIZER_KEYS))}; with the _layerwise names also {', '.join(_LAYERWISE_KEYS)}"
-)
+VALID_KEYS = ", ".join((*_GROUP_KEYS, *_OPTIMIZER_KEYS, *_TRAINER_KEYS))
+VALID_KEYS += f"; with the _layerwise names also {', '.join(_LAYERWISE_KEYS)}"
 
 
 def _read_optim_args(
     given: dict[str, str], keys: dict[str, Callable[[str], Any]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`optim_args` as (those in `keys`, those of the optimizer), parsed.
+    """`optim_args` as (those in `keys`, the others), parsed.
 
     Raises:
         ValueError: a key is unknown, or its value does not parse.
     """
-    valid = {**keys, **_OPTIMIZER_KEYS}
+    valid = {**keys, **_OPTIMIZER_KEYS, **_TRAINER_KEYS}
     unknown = sorted(set(given) - set(valid))
     if unknown:
         raise ValueError(f"optim_args: unknown key {', '.join(map(repr, unknown))}; valid keys are {', '.join(valid)}")

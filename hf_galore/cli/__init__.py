@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 from hf_galore import __version__
-from hf_galore.cli import env, run
+from hf_galore.cli import env, plot_subspace, run
 
-_COMMANDS = (run, env)
+_COMMANDS = (run, env, plot_subspace)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,6 +26,7 @@ METHODS = [
     "galore-torch",
     "galore_adamw_layerwise",
     "galore_adamw_layerwise, share_inputs",
+    "galore_adamw, randomized",
 ]
 
 

@@ -98,6 +98,22 @@ def test_the_state_is_tensors_that_load_safely(whole):
     assert {param.dtype for param in trainer.model.parameters()} == {dtype}
 
 
+OPTIONS = [
+    ", subspace=randomized, moments=align, basis_dtype=int4, stagger=true",
+    ", subspace=late_random, random_from=3, moments=rotate, equal_state=true",
+    ", moments=reset, lazy=true, basis_dtype=int8",
+    ", source=moment, moments=rotate, lazy=true, stagger=true, basis_dtype=bfloat16",
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("method", ["galore_adamw", "galore_adamw_8bit", "galore_adamw_layerwise"])
+def test_resuming_with_options(method, options, ours, tmp_path):
+    """Each option has something in the checkpoint, or a say in when and how the next refresh is done."""
+    changes = {"optim_args": f", update_proj_gap={GAP}{options}"}
+    assert_resumes(Run(method, tmp_path), lambda: llama(torch.bfloat16, seed=1), cut=2, **changes)
+
+
 UNFOLDED = {"optim_args": f", update_proj_gap={GAP}, fold_every=4", "save_steps": 3}
 
 
