@@ -113,6 +113,8 @@ class LowRankBackward:
                 layer = known[id(module.weight)]
                 if module not in layer.modules:
                     layer.modules.append(module)
+        for basis in self.bases:
+            basis.start()
 
     def _add(self, modules: Collection[nn.Module]) -> list[LowRankLayer]:
         """The layers of modules with weights of their own, which share a basis."""
@@ -226,7 +228,7 @@ def enable(
     source: str = "gradient",
     basis_dtype: str | None = None,
     equal_state: bool = False,
-    stagger: bool = False,
+    stagger: bool | None = None,
     lazy: bool = False,
     fold_every: int = 1,
     state_dtype: torch.dtype | None = None,
@@ -253,7 +255,8 @@ def enable(
         source: `moment` adds to the sketch that of the first moment; only with `streaming`.
         basis_dtype: how a basis is kept between uses; a random one is kept as it is here, not as its seed.
         equal_state: wide matrices on the right get the rank whose state is that of std.
-        stagger: layer i of L refreshes i·T/L steps early, so that no step pays for all.
+        stagger: layer i of L refreshes i·T/L steps early, so that no step pays for all (default of `streaming`, whose
+            first refreshes are spread over the first eight steps; until then a basis is random).
         lazy: layers whose basis hardly turns refresh less often.
         fold_every: steps between folds; in between the layers add x·(scale·back(B))ᵀ.
         state_dtype: of the bases; None for float32 (float64 for float64 weights).

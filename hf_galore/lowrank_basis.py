@@ -21,6 +21,9 @@ from hf_galore.subspace import align, refresh
 _PROBES = 16  # random directions that the statistics of a sketch are estimated with
 
 
+_FIRST_REFRESHES = 8  # steps over which the first streaming refreshes are spread if they are staggered
+
+
 class Momentum(NamedTuple):
     """The first moment of a small parameter after a step, the gradient of that step, and the moment's decay rate."""
 
@@ -54,7 +57,7 @@ class LayerBasis:
         self.layers, self.index, self.engine, self.settings = layers, index, engine, engine.settings
         first = layers[0]
         self.right, self.work, self.rank = first.right, first.work, first.rank
-        self.steps, self.tapping, self.seconds = 0, True, 0.0
+        self.steps, self.tapping, self.seconds = 0, False, 0.0
         self._last_seconds = 0.0  # of the last refresh
         self.lazy: Tensor | None = None  # the schedule of `hf_galore.schedule.postponed`
         self.sketch: Tensor | None = None  # Z, in a streaming refresh
@@ -66,8 +69,13 @@ class LayerBasis:
         self._format = basis_format(self.settings.basis_dtype, self.settings.state_dtype, rows, self.work)
         self.kept: State = self._format.encode(self._random(rows))
         for layer in layers:
-            layer.basis = self
-        self.aim_anywhere()
+            layer.basis, layer.test_matrix = self, None
+
+    def start(self) -> None:
+        """Before the first step, when all bases are known."""
+        self.tapping = self.due()
+        if self.tapping:
+            self.aim_anywhere()
 
     @property
     def matrix(self) -> Tensor:
@@ -76,11 +84,17 @@ class LayerBasis:
 
     @property
     def _early(self) -> int:
-        return schedule.offset(self.index, self.engine.count, self.settings.update_proj_gap, self.settings.stagger)
+        return self._share_of(self.settings.update_proj_gap)
+
+    def _share_of(self, steps: int) -> int:
+        return schedule.offset(self.index, self.engine.count, steps, bool(self.settings.stagger))
 
     def due(self) -> bool:
         """Whether the step after `steps` steps is a refresh."""
-        return schedule.due(self.steps, self.settings.update_proj_gap, self._early, self.lazy)
+        settings, first = self.settings, 0
+        if settings.refresh == "streaming":
+            first = self._share_of(min(_FIRST_REFRESHES, settings.update_proj_gap))
+        return schedule.due(self.steps, settings.update_proj_gap, self._early, self.lazy, first)
 
     def adopt(self, step: int) -> tuple[Tensor, Tensor]:
         """Puts the candidate of a refresh in this step in force; the new basis and the old, in working precision."""

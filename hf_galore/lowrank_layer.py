@@ -52,7 +52,7 @@ class Settings:
     source: str = "gradient"
     basis_dtype: str | None = None
     equal_state: bool = False
-    stagger: bool = False
+    stagger: bool | None = None
     lazy: bool = False
     fold_every: int = 1
     state_dtype: torch.dtype | None = None
@@ -64,6 +64,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.moments is None:
             object.__setattr__(self, "moments", "keep" if self.refresh == "exact" else "rotate")
+        if self.stagger is None:
+            object.__setattr__(self, "stagger", self.refresh == "streaming")
         check_choice("refresh", self.refresh, ("exact", "streaming"))
         check_choice("proj_type", self.proj_type, ("right", "left", "std"))
         check_low_rank(vars(self))

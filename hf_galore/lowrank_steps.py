@@ -145,7 +145,7 @@ class OptimizerSteps:
         for layer in basis.layers:
             state, group = self.optimizer.state.get(layer.update), groups[layer.update]
             if state and self.engine.settings.moments == "rotate":
-                bias = bias_corrections(group, int(state["step"]))
+                bias = bias_corrections(group, int(state.get("step", 0)))
                 self._change_moments(layer, group, partial(_rotated, new, old, layer, bias))
             elif state and self.engine.settings.moments == "reset":
                 self._reset_moments(layer, group)
@@ -157,10 +157,11 @@ class OptimizerSteps:
             self.optimizer.change_moments(layer.update, group, change)
             return
         state = self.optimizer.state[layer.update]
-        moments = {name: value.to(layer.work) for name, value in state.items() if name.startswith("exp_avg")}
+        names = {_meaning(name): name for name, value in state.items() if _is_moment(name, value)}
+        moments = {meaning: state[name].to(layer.work) for meaning, name in names.items()}
         change(moments)
-        for name, value in moments.items():
-            state[name].copy_(value)
+        for meaning, name in names.items():
+            state[name].copy_(moments[meaning])
 
     def _reset_moments(self, layer: LowRankLayer, group: Group) -> None:
         if isinstance(self.optimizer, LowRankOptimizer):
@@ -168,9 +169,10 @@ class OptimizerSteps:
             return
         state = self.optimizer.state[layer.update]
         for name, value in state.items():
-            if name.startswith("exp_avg"):
+            if _is_moment(name, value):
                 value.zero_()
-        state["step"] = state["step"] * 0  # a number or a tensor; it counts for the bias corrections alone
+        if "step" in state:
+            state["step"] = state["step"] * 0  # a number or a tensor; it counts for the bias corrections alone
 
     def _momenta(self, basis: LayerBasis, groups: dict[Tensor, Group]) -> list[Momentum] | None:
         """What the basis's sketch is mixed with, where `source` asks for that."""
@@ -220,6 +222,15 @@ class OptimizerSteps:
                     basis.tapping = basis.due()
             if basis.tapping and any(layer.test_matrix is None for layer in basis.layers):
                 basis.aim_anywhere()  # the state is that of a run with refresh='exact'
+
+
+def _is_moment(name: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and (name.startswith("exp_avg") or name == "momentum_buffer")
+
+
+def _meaning(name: str) -> str:
+    """What `rotate` calls a moment of torch's optimizers: SGD's momentum is a first moment."""
+    return "exp_avg" if name == "momentum_buffer" else name
 
 
 def _rotated(

@@ -19,20 +19,25 @@ def offset(index: int, count: int, gap: int, stagger: bool) -> int:
     return index * gap // count if stagger else 0
 
 
-def due(step: int, gap: int, early: int, lazy: Tensor | None) -> bool:
-    """Whether the step after `step` steps is a refresh; `lazy` is the schedule of `postponed`, if there is one."""
-    if step == 0:
-        return True
-    return (step + early) % gap == 0 if lazy is None else step >= int(lazy[0])
+def due(step: int, gap: int, early: int, lazy: Tensor | None, first: int = 0) -> bool:
+    """Whether the step after `step` steps is a refresh: in step `first`, then where (step + early) is a multiple of T.
+
+    Args:
+        lazy: the schedule of `postponed`, if there is one.
+    """
+    if lazy is not None:
+        return step >= int(lazy[0])
+    return step == first or (step > first and (step + early) % gap == 0)
 
 
 def postponed(lazy: Tensor | None, step: int, gap: int, early: int, new: Tensor, old: Tensor | None) -> Tensor:
     """The lazy schedule after a refresh in this step: (next refresh, gap, similar refreshes in a row), int64."""
+    next_gap = gap - early if lazy is None else None
     _, gap, similar = (0, gap, 0) if lazy is None else lazy.tolist()
     similar = similar + 1 if old is not None and similarity(new, old) >= _SIMILAR else 0
     if similar == _IN_A_ROW:
         gap, similar = 2 * gap, 0
-    return torch.tensor([step + gap - (early if step == 0 else 0), gap, similar])
+    return torch.tensor([step + (next_gap or gap), gap, similar])
 
 
 def similarity(new: Tensor, old: Tensor) -> float:

@@ -179,9 +179,13 @@ def on_optimizer_path(case, dtype=torch.float64, make=adamw, proj_type="right", 
 
 
 def on_engine(case, dtype=torch.float32, make=adamw, weight_decay=0.1, seed=0, micro_batches=1, **options):
-    """(model, optimizer, engine) with the projected backward, for steps of that many backward passes."""
+    """(model, optimizer, engine) with the projected backward, for steps of that many backward passes.
+
+    All layers refresh in the same steps unless `stagger` says otherwise.
+    """
     model = case.model(dtype, seed)
-    options = {"rank": RANK, "update_proj_gap": GAP, "gradient_accumulation_steps": micro_batches, **options}
+    given = {"rank": RANK, "update_proj_gap": GAP, "gradient_accumulation_steps": micro_batches, "stagger": False}
+    options = given | options
     holds_all = options.get("refresh") == "exact" and micro_batches > 1 and not options.get("stagger")
     with pytest.warns(UserWarning, match="holds the full gradients") if holds_all else nullcontext():
         engine = enable(model, "all-linear", **options)

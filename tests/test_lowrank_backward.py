@@ -380,14 +380,58 @@ class TestRotate:
 @pytest.mark.parametrize("gap", [1, 3, 7])
 @pytest.mark.parametrize("stagger", [False, True])
 def test_which_layers_refresh_when(how, gap, stagger):
-    """All at the first step; then layer i of L = 3 at steps ≡ −⌊i·T/L⌋ (mod T), or all at steps ≡ 0."""
+    """Layer i of L = 3 at steps ≡ −⌊i·T/L⌋ (mod T), or all at steps ≡ 0.
+
+    Exact refreshes begin with the first step. Staggered streaming ones begin at step ⌊i·min(T, 8)/L⌋.
+    """
     model, optimizer, engine = on_engine(STACK, refresh=how, update_proj_gap=gap, stagger=stagger)
     for step in range(16):
         before = bases(engine)
         train(STACK, model, optimizer, [step])
         moved = [not torch.equal(one, other) for one, other in zip(bases(engine), before, strict=True)]
-        due = [step == 0 or (step + (i * gap // 3 if stagger else 0)) % gap == 0 for i in range(3)]
+        firsts = [i * min(gap, 8) // 3 if stagger and how == "streaming" else 0 for i in range(3)]
+        earlies = [i * gap // 3 if stagger else 0 for i in range(3)]
+        due = [
+            step >= first and (step == first or (step + early) % gap == 0)
+            for first, early in zip(firsts, earlies, strict=True)
+        ]
         assert moved == due, step
+
+
+@pytest.mark.parametrize(("how", "staggered"), [("streaming", True), ("exact", False)])
+def test_streaming_refreshes_are_staggered_unless_told_otherwise(how, staggered):
+    assert enable(STACK.model(), rank=RANK, refresh=how).settings.stagger is staggered
+    assert enable(STACK.model(), rank=RANK, refresh=how, stagger=not staggered).settings.stagger is not staggered
+
+
+def test_first_refreshes_are_over_after_eight_steps():
+    """However long the gap and however many the layers."""
+    model, optimizer, engine = on_engine(STACK, update_proj_gap=200, stagger=True)
+    before, moves = bases(engine), []
+    for step in range(10):
+        train(STACK, model, optimizer, [step])
+        moves.append([not torch.equal(one, other) for one, other in zip(bases(engine), before, strict=True)])
+        before = bases(engine)
+    assert [step for step, moved in enumerate(moves) if any(moved)] == [0, 2, 5]
+    assert all(sum(moved) <= 1 for moved in moves)
+
+
+def test_a_refresh_rotates_the_momentum_of_sgd():
+    """torch's SGD has one first moment, under another name."""
+    runs = {}
+    for moments in ("keep", "rotate", "reset"):
+        model, optimizer, engine = on_engine(
+            STACK, torch.float64, lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9), moments=moments
+        )
+        old = bases(engine)
+        train(STACK, model, optimizer, range(1))
+        runs[moments] = [
+            (optimizer.state[layer.update]["momentum_buffer"], layer.basis.matrix, basis)
+            for layer, basis in zip(engine.layers.values(), old, strict=True)
+        ]
+    for (kept, *_), (turned, new, old), (zero, *_) in zip(*runs.values(), strict=True):
+        torch.testing.assert_close(turned, kept @ (new.mT @ old).mT, rtol=1e-12, atol=1e-15)
+        assert not zero.any()
 
 
 # Layers that are used otherwise than once.

@@ -32,7 +32,7 @@ from hf_galore.lowrank_backward import enable
     ("options", "error", "match"),
     [
         ({"refresh": "never"}, ValueError, "refresh='never' is not one of exact, streaming"),
-        ({"moments": "reset"}, ValueError, "moments='reset' is not one of keep, rotate"),
+        ({"moments": "turn"}, ValueError, "moments='turn' is not one of keep, align, rotate, reset"),
         ({"proj_type": "full"}, ValueError, "proj_type='full' is not one of right, left, std"),
         ({"subspace": "qr"}, ValueError, r"subspace='qr' is not one of .*\bsvd\b"),
         ({"rank": 0}, ValueError, "rank"),

@@ -71,7 +71,7 @@ METHODS = {
     "streaming + align": streaming("align"),
     "streaming + keep": streaming("keep"),
     "streaming + rotate, source=moment": streaming("rotate", source="moment"),
-    "streaming + rotate, stagger": streaming("rotate", stagger=True),
+    "streaming + rotate, all at once": streaming("rotate", stagger=False),
     "streaming + rotate, share_inputs": streaming("rotate", share_inputs=True),
     "streaming + rotate, equal state": streaming("rotate", equal_state=True),
     "exact, randomized + rotate": Method(

@@ -37,18 +37,26 @@ BAD_OPTIM_ARGS = {
     "rank=8, scale=nan": [r"scale: nan"],
     "rank=8, proj_type=diagonal": [r"proj_type='diagonal' is not one of .*right, left"],
     "rank=8, subspace=qr": [r"subspace='qr' is not one of"],
+    "rank=8, moments=turn": [r"moments='turn' is not one of keep, align, rotate, reset"],
+    "rank=8, source=activations": [r"source='activations' is not one of gradient, moment"],
+    "rank=8, basis_dtype=int2": [r"basis_dtype='int2' is not one of float32, bfloat16, int8, int4"],
+    "rank=8, stagger=perhaps": [r"stagger='perhaps' is not true or false"],
+    "rank=8, lazy=2": [r"lazy='2' is not true or false"],
+    "rank=8, subspace=late_random": [r"late_random.*random_from"],
+    "rank=8, random_from=10": [r"late_random.*random_from"],
+    "rank=8, subspace=random, moments=align": [r"moments='align'.*rotate, reset or keep"],
+    "rank=8, statistics=maybe": [r"statistics='maybe' is not true or false"],
     "rank=8, state_dtype=int8": [r"state_dtype='int8' is not", "float32", "bfloat16"],
     "rank=8, stochastic_rounding=maybe": [r"stochastic_rounding='maybe' is not true or false"],
 }
-LAYERWISE_KEYS = {"refresh": "exact", "moments": "rotate", "fold_every": "2", "stagger": "true"}
+LAYERWISE_KEYS = {"refresh": "exact", "fold_every": "2", "share_inputs": "true"}
 BAD_LAYERWISE_ARGS = {
     "rnk=8": [rf"unknown key 'rnk'.*{GAP_KEYS}.*{', '.join(LAYERWISE_KEYS)}"],
     "rank": [r"'rank' is not of the form key=value", ", ".join(LAYERWISE_KEYS)],
     "rank=8, refresh=never": [r"refresh='never' is not one of exact, streaming"],
-    "rank=8, moments=reset": [r"moments='reset' is not one of keep, rotate"],
+    "rank=8, refresh=exact, source=moment": [r"source='moment' needs refresh='streaming'"],
     "rank=8, fold_every=often": [r"fold_every='often' is not an integer"],
     "rank=8, fold_every=0": [r"fold_every: 0 - should be >= 1"],
-    "rank=8, stagger=perhaps": [r"stagger='perhaps' is not true or false"],
     "rank=8, proj_type=full": [r"proj_type='full' is not one of right, left, std"],
 }
 BAD_TARGETS = {
@@ -94,6 +102,12 @@ def test_optim_args(method, text, ours, tmp_path):
 @pytest.mark.parametrize("method", LAYERWISE)
 def test_optim_args_of_the_projected_backward(method, text, ours, tmp_path):
     assert_refused(Refusals(method, tmp_path), ValueError, BAD_LAYERWISE_ARGS[text], optim_args=text)
+
+
+@pytest.mark.parametrize("method", ["galore_adafactor", "galore_adafactor_layerwise"])
+def test_adafactor_has_no_average_of_gradients(method, ours, tmp_path):
+    message = "source='moment': GaLoreAdafactor keeps no average of the gradients; use source='gradient'"
+    assert_refused(Run(method, tmp_path), ValueError, [message], optim_args=", source=moment")
 
 
 @pytest.mark.parametrize("key", LAYERWISE_KEYS)
