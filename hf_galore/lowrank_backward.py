@@ -256,7 +256,7 @@ def enable(
         basis_dtype: how a basis is kept between uses; a random one is kept as it is here, not as its seed.
         equal_state: wide matrices on the right get the rank whose state is that of std.
         stagger: layer i of L refreshes i·T/L steps early, so that no step pays for all (default of `streaming`, whose
-            first refreshes are spread over the first eight steps; until then a basis is random).
+            first refreshes are spread over the first 16 steps; until then a basis is random).
         lazy: layers whose basis hardly turns refresh less often.
         fold_every: steps between folds; in between the layers add x·(scale·back(B))ᵀ.
         state_dtype: of the bases; None for float32 (float64 for float64 weights).

@@ -21,7 +21,7 @@ from hf_galore.subspace import align, refresh
 _PROBES = 16  # random directions that the statistics of a sketch are estimated with
 
 
-_FIRST_REFRESHES = 8  # steps over which the first streaming refreshes are spread if they are staggered
+_FIRST_REFRESHES = 16  # steps over which the first streaming refreshes are spread if they are staggered
 
 
 class Momentum(NamedTuple):
@@ -253,7 +253,7 @@ class LayerBasis:
 
     def _hand_out(self, test: Tensor) -> None:
         for layer, part in zip(self.layers, test.split(self._heights()), strict=True):
-            layer.test_matrix = part
+            layer.test_matrix = part.to(self.settings.state_dtype or self.work)
 
     def _new_basis(self, matrix: Tensor, side: Side) -> State:
         started = time.perf_counter()
