@@ -108,8 +108,11 @@ def _refresh(owner: Owner, batch: Sequence[Member]) -> None:
         owner.warn(f"rank={asked} is larger than a matrix of shape {shape} has: it is clamped")
     old = [member.matrix.basis(member.state) for member in batch]
     grads = [_source(owner, member, basis) for member, basis in zip(batch, old, strict=True)]
-    seeds = [_seed(member) if method is random else None for member in batch]
-    bases, reason = _together(first.matrix, grads, old, method, [seed or _seed(first, False) for seed in seeds])
+    if method is random:  # each its own, so that its seed says what it is
+        seeds = [_seed(member, member.number) for member in batch]
+    else:  # one for all: a matrix gets what it would get alone
+        seeds = [_seed(first)] * len(batch)
+    bases, reason = _together(first.matrix, grads, old, method, seeds)
     if reason is not None:
         owner.warn(
             f"a basis refresh found that {reason} (parameter of shape {shape}, step {first.done}): keeping the old "
@@ -117,7 +120,7 @@ def _refresh(owner: Owner, batch: Sequence[Member]) -> None:
         )
     seconds = (time.perf_counter() - started) / len(batch)
     for member, basis, before, seed in zip(batch, bases, old, seeds, strict=True):
-        _adopt(owner, member, basis, before, seed)
+        _adopt(owner, member, basis, before, seed if method is random else None)
         if owner.observe is not None:
             grad = member.param.grad
             assert grad is not None
@@ -130,10 +133,9 @@ def _method(member: Member) -> BasisMethod:
     return method_at(member.group["subspace"], member.done, member.group["random_from"])
 
 
-def _seed(member: Member, own: bool = True) -> int:
-    """Of a refresh (63 bits, as torch's generators take them); matrices that may be stacked share one."""
-    numbers = (member.group["seed"], member.done, *((member.number,) if own else ()))
-    return mix64(*numbers) >> 1
+def _seed(member: Member, *number: int) -> int:
+    """Of a refresh: 63 bits, as torch's generators take them."""
+    return mix64(member.group["seed"], member.done, *number) >> 1
 
 
 def _source(owner: Owner, member: Member, basis: Tensor | None) -> Tensor:
@@ -156,7 +158,7 @@ def _together(
     method: BasisMethod,
     seeds: Sequence[int],
 ) -> tuple[Sequence[Tensor], str | None]:
-    """The new bases: those of several gradients in one call, but for random ones, which have seeds of their own."""
+    """The new bases: those of several gradients in one call, but for random ones."""
     work = working_dtype(matrix.param)
     previous = [None if basis is None else basis.to(work) for basis in old]
     if method is random or len(grads) == 1:
@@ -168,7 +170,7 @@ def _together(
     known = [basis for basis in previous if basis is not None]
     stacked = torch.stack(known) if known else None
     bases, reason = refresh(torch.stack(list(grads)), matrix.rank, matrix.side, method, stacked, seeds[0])
-    return bases.unbind(), reason
+    return [basis.clone() for basis in bases], reason  # a view would keep the storage of all
 
 
 def _adopt(owner: Owner, member: Member, basis: Tensor, before: Tensor | None, seed: int | None) -> None:
