@@ -108,10 +108,9 @@ def _refresh(owner: Owner, batch: Sequence[Member]) -> None:
         owner.warn(f"rank={asked} is larger than a matrix of shape {shape} has: it is clamped")
     old = [member.matrix.basis(member.state) for member in batch]
     grads = [_source(owner, member, basis) for member, basis in zip(batch, old, strict=True)]
-    if method is random:  # each its own, so that its seed says what it is
+    seeds = [_seed(first)] * len(batch)  # one for all: a matrix gets what it would get alone
+    if method is random:  # each its own, from which its basis can be made again
         seeds = [_seed(member, member.number) for member in batch]
-    else:  # one for all: a matrix gets what it would get alone
-        seeds = [_seed(first)] * len(batch)
     bases, reason = _together(first.matrix, grads, old, method, seeds)
     if reason is not None:
         owner.warn(
