@@ -19,8 +19,6 @@ from hf_galore.statistics import Observer, SubspaceStatistics, statistics_of, tu
 from hf_galore.subspace import align, refresh
 
 _PROBES = 16  # random directions that the statistics of a sketch are estimated with
-
-
 _FIRST_REFRESHES = 16  # steps over which the first streaming refreshes are spread if they are staggered
 
 
@@ -152,9 +150,9 @@ class LayerBasis:
             layer.full = grad if layer.full is None else layer.full.add_(grad)
         else:
             assert layer.test_matrix is not None
-            test = layer.test_matrix.to(x.device)
+            test = layer.test_matrix.to(device=x.device, dtype=self.work)
             if self.engine.observe is not None:
-                test = torch.cat((test, self._probes(layer)), dim=1)
+                test = torch.cat((test, self._probes(layer, test)), dim=1)
             part = matmul(x.mT, matmul(gy, test)) if self.right else matmul(gy.mT, matmul(x, test))
             self.sketch = part if self.sketch is None else self.sketch.add_(part)
 
@@ -216,12 +214,9 @@ class LayerBasis:
         values = low_rank.detach().to(self.work)
         return values if self.right else values.mT
 
-    def _probes(self, layer: LowRankLayer) -> Tensor:
+    def _probes(self, layer: LowRankLayer, test: Tensor) -> Tensor:
         """A layer's rows of a few columns of normal numbers, the same in all passes and on all ranks of a step."""
-        generator = seeded(self._seed(3, layer.index))
-        rows = layer.weight.shape[0 if self.right else 1]
-        assert layer.test_matrix is not None
-        return normal((rows, _PROBES), layer.test_matrix, generator)
+        return normal((test.shape[0], _PROBES), test, seeded(self._seed(3, layer.index)))
 
     def _estimated(self, probed: Tensor) -> SubspaceStatistics:
         """The statistics of a streaming refresh, from the image GᵀΩ (n, s) of normal numbers.

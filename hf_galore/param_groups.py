@@ -59,14 +59,20 @@ def galore_param_groups(
 def warn_of_a_small_share(model: nn.Module, targets: Collection[str], target_modules: str | Sequence[str]) -> None:
     """Warns where less than a tenth of what trains is projected."""
     trainable = {n: param for n, param in model.named_parameters() if param.requires_grad or n in targets}
-    projected_size = sum(param.numel() for name, param in trainable.items() if name in targets)
-    share = projected_size / sum(param.numel() for param in trainable.values())
+    sizes = {name: _elements(param) for name, param in trainable.items()}
+    share = sum(sizes[name] for name in trainable if name in targets) / sum(sizes.values())
     if share < 0.1:
         warnings.warn(
             f"only {share:.1%} of the trainable parameters are projected (target_modules={target_modules!r}): "
             "the rest has the memory of full-rank training",
             stacklevel=3,
         )
+
+
+def _elements(param: nn.Parameter) -> int:
+    """How many weights a parameter holds: bitsandbytes packs two 4-bit codes into an element."""
+    state = getattr(param, "quant_state", None)
+    return param.numel() if state is None else state.shape.numel()
 
 
 def group_parameters(

@@ -4,8 +4,11 @@ import inspect
 
 import pytest
 import torch
-from trainer_cases import LAYERWISE, METHODS, Run, assert_same, layers_of, llama, logged, tokens
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from trainer_cases import LAYERWISE, METHODS, VOCABULARY, Run, assert_same, layers_of, llama, logged, tokens
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import hf_galore
 
@@ -156,3 +159,39 @@ def test_the_trainer_keeps_its_signature():
         assert Trainer(llama(), TrainingArguments(report_to=[], use_cpu=True)).args is not None
     finally:
         hf_galore.unregister()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("config", ["nf4", "int8"])
+def test_under_trl(config, checkpoint, ours, tmp_path):
+    """SFTTrainer, which knows of quantized models only with adapters, trains the codes."""
+    trl = pytest.importorskip("trl")
+    model = quantized(checkpoint, CONFIGS[config])
+    start = state(model)
+    words = {str(number): number for number in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="2")), pad_token="0", eos_token="1"
+    )
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        optim="galore_adamw_layerwise",
+        optim_target_modules="all-linear",
+        optim_args="rank=8, update_proj_gap=2, scale=1.0",
+        learning_rate=1e-2,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+    )
+    data = Dataset.from_list([{"input_ids": sample["input_ids"].tolist()} for sample in tokens(16)])
+    trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    assert len(layers_of(trainer)) == 14
+    codes = [name for name in start if name.endswith("_proj.weight")]
+    assert len(codes) == 14
+    trained = state(model)
+    assert not any(torch.equal(start[name], trained[name]) for name in codes)
