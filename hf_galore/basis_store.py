@@ -69,7 +69,7 @@ class Integer:
         codes = (blocks / scale * levels).round_().to(torch.int8).view(-1)[: len(flat)].view(basis.shape)
         scale = scale.float().squeeze(1) / levels
         if self.bits == 8:
-            return {"basis": codes, "basis_scale": scale}
+            return {"basis": codes.clone(), "basis_scale": scale}  # without the padding behind it
         low, high = pad(codes, (0, 0, 0, self.rows % 2)).view(torch.uint8).chunk(2, dim=-2)
         return {"basis": (low & 15) | (high << 4), "basis_scale": scale}
 
