@@ -6,6 +6,8 @@ one before (the mean cosine between their columns, signs aside, is at least 0.4)
 Paper: Q-GaLore, arXiv 2407.08296. Different here: the signs of columns, which are arbitrary, do not count.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,19 +32,33 @@ def due(step: int, gap: int, early: int, lazy: Tensor | None, first: int = 0) ->
     return step == first or (step > first and (step + early) % gap == 0)
 
 
-def postponed(lazy: Tensor | None, step: int, gap: int, early: int, new: Tensor, old: Tensor | None) -> Tensor:
-    """The lazy schedule after a refresh in this step: (next refresh, gap, similar refreshes in a row), int64."""
-    next_gap = gap - early if lazy is None else None
+def postponed(
+    lazy: Tensor | None,
+    step: int,
+    gap: int,
+    early: int,
+    new: Tensor,
+    old: Tensor | None,
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
+    """The lazy schedule after a refresh in this step: (next refresh, gap, similar refreshes in a row), int64.
+
+    `sizes` as in `similarity`.
+    """
+    late = (step + early) % gap if lazy is None else 0  # the first one need not be in step with those after it
     _, gap, similar = (0, gap, 0) if lazy is None else lazy.tolist()
-    similar = similar + 1 if old is not None and similarity(new, old) >= _SIMILAR else 0
+    similar = similar + 1 if old is not None and similarity(new, old, sizes) >= _SIMILAR else 0
     if similar == _IN_A_ROW:
         gap, similar = 2 * gap, 0
-    return torch.tensor([step + (next_gap or gap), gap, similar])
+    return torch.tensor([step + gap - late, gap, similar])
 
 
-def similarity(new: Tensor, old: Tensor) -> float:
-    """The mean cosine between the columns of two bases (..., n, r), each turned the way that makes it positive."""
+def similarity(new: Tensor, old: Tensor, sizes: Sequence[int] | None = None) -> float:
+    """The mean cosine between the columns of two bases (..., n, r), each turned the way that makes it positive.
+
+    `sizes` are the heights of the blocks of a basis of both sides, whose signs have nothing to do with each other.
+    """
     if new.shape != old.shape:
         return 0.0
-    cosines = (align(new, old) * old).sum(dim=-2) / (new.norm(dim=-2) * old.norm(dim=-2))
+    cosines = (align(new, old, sizes) * old).sum(dim=-2) / (new.norm(dim=-2) * old.norm(dim=-2))
     return float(cosines.mean())

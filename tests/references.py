@@ -139,3 +139,17 @@ def ldadam_rotate(m: Tensor, v: Tensor, q_new: Tensor, q_old: Tensor, t: int, be
             new_m[i, j] = (1 - betas[0] ** t) * mean
             new_v[i, j] = (1 - betas[1] ** t) * abs(variance + mean**2)
     return new_m, new_v
+
+
+def ldadam_rotate_both(m: Tensor, v: Tensor, new: tuple, old: tuple, t: int, betas: tuple[float, float]):
+    """`ldadam_rotate` for moments (r, r) between bases (P, Q) of both sides, with C = PᵀP_old and D = QᵀQ_old."""
+    c, d = (one.T @ other for one, other in zip(new, old, strict=True))
+    m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+    new_m, new_v, r = torch.zeros_like(m), torch.zeros_like(v), range(m.shape[0])
+    for i in r:
+        for j in r:
+            mean = sum(c[i, k] * d[j, h] * m_hat[k, h] for k in r for h in r)
+            variance = sum((c[i, k] * d[j, h]) ** 2 * (v_hat[k, h] - m_hat[k, h] ** 2) for k in r for h in r)
+            new_m[i, j] = (1 - betas[0] ** t) * mean
+            new_v[i, j] = (1 - betas[1] ** t) * abs(variance + mean**2)
+    return new_m, new_v

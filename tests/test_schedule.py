@@ -84,7 +84,7 @@ def test_property_lazy_doubles_after_five_in_a_row(gap, similar, data):
 
 
 def test_lazy_by_example():
-    """Gap 10, 3 steps early: five similar refreshes make it 20, a turn begins the count again, five more make it 40."""
+    """Gap 10, 3 steps early: a turn begins the count again, five similar refreshes make it 20, five more 40."""
     similar = [True] * 4 + [False] + [True] * 11
     expected = [0, 7, 17, 27, 37, 47, 57, 67, 77, 87, 97, 117, 137, 157, 177, 197, 237]
     assert simulated(10, 3, similar) == literal(10, 3, similar) == expected
@@ -120,6 +120,13 @@ def test_property_similarity_is_the_mean_cosine_whatever_the_signs(cosine, signs
     assert similarity(new * 2, ONE * 3) == pytest.approx(abs(cosine), abs=1e-6)
     mixed = torch.cat((new[:, :1], ONE[:, 1:]), dim=1)
     assert similarity(mixed, ONE) == pytest.approx((abs(cosine) + 2) / 3, abs=1e-6)
+
+
+def test_signs_of_both_sides_have_nothing_to_do_with_each_other():
+    """P stays and Q turns round: that is the same basis, which the gradient −G may have of LAPACK."""
+    both, turned = (torch.cat((ONE, sign * OTHER)) for sign in (1, -1))
+    assert similarity(turned, both, (12, 12)) == pytest.approx(1.0)
+    assert postponed(torch.tensor([10, 10, 0]), 10, 10, 0, turned, both, (12, 12)).tolist() == [20, 10, 1]
 
 
 def test_a_basis_of_another_shape_is_not_similar():

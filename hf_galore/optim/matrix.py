@@ -55,11 +55,12 @@ class LowRankMatrix:
             return refresh(like, self.rank, self.side, random, None, int(state["basis_seed"]))[0]
         return self._format.decode(state) if "basis" in state else None
 
-    def keep_basis(self, state: State, basis: Tensor, seed: int | None) -> None:
-        """Puts a basis into the state; given a seed, one that `random` makes of it, only that."""
+    def keep_basis(self, state: State, basis: Tensor, seed: int | None) -> Tensor:
+        """Puts a basis into the state; given a seed, one that `random` makes of it, only that. As it will be read."""
         for name in ("basis", "basis_scale", "basis_seed"):
             state.pop(name, None)
         if seed is not None and self.group["basis_dtype"] is None:
             state["basis_seed"] = torch.tensor(seed)
-        else:
-            state.update(self._format.encode(basis))
+            return basis
+        state.update(self._format.encode(basis))
+        return self._format.decode(state).to(basis)

@@ -119,13 +119,11 @@ def _refresh(owner: Owner, batch: Sequence[Member]) -> None:
         )
     seconds = (time.perf_counter() - started) / len(batch)
     for member, basis, before, seed in zip(batch, bases, old, seeds, strict=True):
-        _adopt(owner, member, basis, before, seed if method is random else None)
+        kept = _adopt(owner, member, basis, before, seed if method is random else None)
         if owner.observe is not None:
             grad = member.param.grad
             assert grad is not None
-            side, kept = member.matrix.side, member.matrix.basis(member.state)
-            assert kept is not None
-            owner.observe(member.param, statistics_of(grad, side, kept.to(basis), before, member.done, seconds))
+            owner.observe(member.param, statistics_of(grad, member.matrix.side, kept, before, member.done, seconds))
 
 
 def _method(member: Member) -> BasisMethod:
@@ -172,23 +170,30 @@ def _together(
     return [basis.clone() for basis in bases], reason  # a view would keep the storage of all
 
 
-def _adopt(owner: Owner, member: Member, basis: Tensor, before: Tensor | None, seed: int | None) -> None:
-    """Puts the basis in force: the moments move with it, as `moments` says, and the lazy schedule goes on."""
+def _adopt(owner: Owner, member: Member, basis: Tensor, before: Tensor | None, seed: int | None) -> Tensor:
+    """Puts the basis in force and returns it as it will be read.
+
+    The moments move with it, as `moments` says, and the lazy schedule goes on.
+    """
     param, group, state, matrix = member.param, member.group, member.state, member.matrix
-    if before is not None and before.shape == basis.shape and "step" in state:
+    sizes = matrix.side.sizes(*param.shape[-2:])
+    if before is None or before.shape != basis.shape or "step" not in state:
+        before = None
+    else:
         before = before.to(basis)
         if group["moments"] == "align":
-            basis = align(basis, before, matrix.side.sizes(*param.shape[-2:]))
-        elif group["moments"] == "rotate":
-            bias = bias_corrections(group, member.done)
-            owner.change_moments(param, group, partial(_rotated, basis, before, matrix, bias))
-        elif group["moments"] == "reset":
-            owner.reset_moments(param, group)
+            basis = align(basis, before, sizes)
+    kept = matrix.keep_basis(state, basis, seed)
+    if before is not None and group["moments"] == "rotate":
+        bias = bias_corrections(group, member.done)
+        owner.change_moments(param, group, partial(_rotated, kept, before, matrix, bias))
+    elif before is not None and group["moments"] == "reset":
+        owner.reset_moments(param, group)
     if group["lazy"]:
         state["refresh_schedule"] = schedule.postponed(
-            state.get("refresh_schedule"), member.done, group["update_proj_gap"], member.early, basis, before
+            state.get("refresh_schedule"), member.done, group["update_proj_gap"], member.early, kept, before, sizes
         )
-    matrix.keep_basis(state, basis, seed)
+    return kept
 
 
 def _rotated(
