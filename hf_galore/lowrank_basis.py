@@ -60,6 +60,7 @@ class LayerBasis:
         self.lazy: Tensor | None = None  # the schedule of `hf_galore.schedule.postponed`
         self.sketch: Tensor | None = None  # Z, in a streaming refresh
         self.candidate: State | None = None  # the basis that is to be adopted, as it is kept
+        self._found: SubspaceStatistics | None = None  # of the candidate, where the engine is observed
         self._pass = -1  # the backward pass that added last
         self._shared: tuple[Tensor, int, Tensor, int] | None = None  # x, its version, x Q, layers that may still ask
         m, n = first.weight.shape
@@ -97,6 +98,9 @@ class LayerBasis:
     def adopt(self, step: int) -> tuple[Tensor, Tensor]:
         """Puts the candidate of a refresh in this step in force; the new basis and the old, in working precision."""
         assert self.candidate is not None
+        if self._found is not None and self.engine.observe is not None:
+            self.engine.observe(self.layers[0].update, self._found)
+        self._found = None
         old, self.kept, self.candidate = self.matrix.to(self.work), self.candidate, None
         new = self.matrix.to(self.work)
         if self.settings.lazy:
@@ -107,7 +111,7 @@ class LayerBasis:
     def forget(self) -> None:
         """Drops what a step in progress has gathered."""
         self._shared = None
-        self.sketch = self.candidate = None
+        self.sketch = self.candidate = self._found = None
         for layer in self.layers:
             layer.full = None
 
@@ -167,8 +171,8 @@ class LayerBasis:
         basis = self._format.decode(self.candidate)
         layer.update.grad.copy_(layer.side.project(layer.full, basis.to(layer.full.dtype)))
         if self.engine.observe is not None:
-            found = statistics_of(layer.full, layer.side, basis, self.matrix, self.steps, self._last_seconds)
-            self.engine.observe(layer.update, found)
+            new, old = basis.to(self.work), self.matrix
+            self._found = statistics_of(layer.full, layer.side, new, old, self.steps, self._last_seconds)
         if self.settings.gradient_accumulation_steps == 1 and layer.uses <= 1:
             layer.full = None  # a shared layer under reentrant checkpointing adds to it in several passes
 
@@ -189,7 +193,7 @@ class LayerBasis:
                 self._add_momenta(momenta)
             self.candidate = self._new_basis(self.sketch, Left())
             if self.engine.observe is not None:
-                self.engine.observe(self.layers[0].update, self._estimated(probed))
+                self._found = self._estimated(probed)
             self.sketch = None
 
     def _add_momenta(self, momenta: Sequence[Momentum]) -> None:

@@ -64,6 +64,19 @@ class Experts(nn.Module):
         return sum(torch.tanh(self.experts[i](x)) for i in used)
 
 
+class Heads(nn.Module):
+    """Three heads on one input, of which two have fewer rows than the rank, and a layer after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(20, 12), nn.Linear(20, 3), nn.Linear(20, 3)
+        self.o_proj = nn.Linear(12, 20)
+
+    def forward(self, x, other=None):
+        gates = self.k_proj(x).sum(-1, keepdim=True) * self.v_proj(x if other is None else other).sum(-1, keepdim=True)
+        return self.o_proj(torch.tanh(self.q_proj(x) * gates))
+
+
 def neox():
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
@@ -123,6 +136,7 @@ CASES = {
     "gpt2": Case(gpt2, language, flipped=True),
 }
 STACK = CASES["linear"]
+HEADS = Case(Heads, regression)  # with layers that may share a basis
 
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

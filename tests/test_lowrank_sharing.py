@@ -2,34 +2,25 @@
 
 import pytest
 import torch
-from lowrank_cases import Case, adamw, assert_equal_states, backward, on_engine, saved, train, weights
-from torch import nn
+from lowrank_cases import (
+    HEADS,
+    Case,
+    Heads,
+    adamw,
+    assert_equal_states,
+    backward,
+    on_engine,
+    regression,
+    saved,
+    train,
+    weights,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_galore.lowrank_backward import enable
 from hf_galore.lowrank_basis import LayerBasis
 
 OPTIONS = {"share_inputs": True, "update_proj_gap": 3}
-
-
-class Heads(nn.Module):
-    """Three heads on one input, of which two have fewer rows than the rank, and a layer after them."""
-
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(20, 12), nn.Linear(20, 3), nn.Linear(20, 3)
-        self.o_proj = nn.Linear(12, 20)
-
-    def forward(self, x, other=None):
-        gates = self.k_proj(x).sum(-1, keepdim=True) * self.v_proj(x if other is None else other).sum(-1, keepdim=True)
-        return self.o_proj(torch.tanh(self.q_proj(x) * gates))
-
-
-def regression(model, x):
-    return (model(x) - torch.flip(x, [-1])).square().mean()
-
-
-HEADS = Case(Heads, regression)
 
 
 @pytest.fixture

@@ -25,10 +25,12 @@ def between(cosine, signs=(1.0, 1.0, 1.0)):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(gap=st.integers(1, 20), data=st.data())
 def test_property_every_gap_steps(gap, data):
-    """The first step of all; then `early` steps before each multiple of the gap."""
-    early = data.draw(st.integers(0, gap - 1))
-    expected = {0} | {k * gap - early for k in range(1, 200)}
-    assert [step for step in range(100) if due(step, gap, early, None)] == sorted(expected & set(range(100)))
+    """The first refresh; then `early` steps before each multiple of the gap."""
+    early, first = data.draw(st.integers(0, gap - 1)), data.draw(st.integers(0, 30))
+    expected = [first, *(k * gap - early for k in range(1, 200) if first < k * gap - early < 100)]
+    assert [step for step in range(100) if due(step, gap, early, None, first)] == expected
+    if first == 0:
+        assert [step for step in range(100) if due(step, gap, early, None)] == expected
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -51,9 +53,9 @@ def test_property_stagger_spreads_the_matrices_over_the_gap(gap, count):
 # Lazily.
 
 
-def literal(gap, early, similar):
+def literal(gap, early, similar, first=0):
     """The steps of refreshes 0, 1, …: `similar` says of refreshes 1, 2, … whether the basis hardly turned."""
-    steps, in_a_row, following = [0], 0, gap - early
+    steps, in_a_row, following = [first], 0, min(k * gap - early for k in range(100) if k * gap - early > first)
     for alike in similar:
         steps.append(following)
         in_a_row = in_a_row + 1 if alike else 0
@@ -63,12 +65,12 @@ def literal(gap, early, similar):
     return steps
 
 
-def simulated(gap, early, similar):
+def simulated(gap, early, similar, first=0):
     """The same through the schedule, asked before every step whether it is due."""
     found, lazy, old, step = [], None, None, 0
     bases = iter(itertools.accumulate([ONE, *similar], lambda basis, alike: basis if alike else basis.roll(3, 0)))
     while len(found) <= len(similar):
-        if due(step, gap, early, lazy):
+        if due(step, gap, early, lazy, first):
             new = next(bases)
             lazy, old = postponed(lazy, step, gap, early, new, old), new
             found.append(step)
@@ -79,8 +81,17 @@ def simulated(gap, early, similar):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(gap=st.integers(1, 5), similar=st.lists(st.booleans() | st.just(True), max_size=16), data=st.data())
 def test_property_lazy_doubles_after_five_in_a_row(gap, similar, data):
-    early = data.draw(st.integers(0, gap - 1))
-    assert simulated(gap, early, similar) == literal(gap, early, similar)
+    early, first = data.draw(st.integers(0, gap - 1)), data.draw(st.integers(0, 20))
+    assert simulated(gap, early, similar, first) == literal(gap, early, similar, first)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(gap=st.integers(1, 12), data=st.data())
+def test_property_a_basis_that_turns_is_refreshed_as_without_lazy(gap, data):
+    """Staggered matrices stay apart, whenever the first refresh was."""
+    early, first = data.draw(st.integers(0, gap - 1)), data.draw(st.integers(0, 20))
+    found = simulated(gap, early, [False] * 8, first)
+    assert found == [step for step in range(found[-1] + 1) if due(step, gap, early, None, first)]
 
 
 def test_lazy_by_example():
