@@ -238,6 +238,14 @@ def full_gradients(case, model, steps, micro_batches=1):
     return {name: param.grad for name, param in plain.named_parameters()}
 
 
+def stacked(engine, model, full):
+    """By basis, the gradient of its layers, one over the other."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        basis: torch.cat([full[f"{names[layer.module]}.weight"] for layer in basis.layers]) for basis in engine.bases
+    }
+
+
 def saved(obj):
     """After torch.save and torch.load(weights_only=True)."""
     buffer = io.BytesIO()

@@ -153,3 +153,19 @@ def ldadam_rotate_both(m: Tensor, v: Tensor, new: tuple, old: tuple, t: int, bet
             new_m[i, j] = (1 - betas[0] ** t) * mean
             new_v[i, j] = (1 - betas[1] ** t) * abs(variance + mean**2)
     return new_m, new_v
+
+
+def qgalore_refreshes(gap: int, early: int, similar: list[bool], first: int = 0) -> list[int]:
+    """Q-GaLore, arXiv 2407.08296, section 3.2: the steps of the refreshes, whose gap doubles after five similar ones.
+
+    `similar` says of the refreshes after the first one whether the basis hardly turned. Without that they are `early`
+    steps before each multiple of the gap.
+    """
+    steps, in_a_row, following = [first], 0, min(k * gap - early for k in range(100) if k * gap - early > first)
+    for alike in similar:
+        steps.append(following)
+        in_a_row = in_a_row + 1 if alike else 0
+        if in_a_row == 5:
+            gap, in_a_row = gap * 2, 0
+        following += gap
+    return steps

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_galore.schedule import due, offset, postponed, similarity
+from references import qgalore_refreshes
 
 EYE = torch.eye(12)
 ONE, OTHER = EYE[:, :3], EYE[:, 3:6]  # bases that have nothing to do with each other
@@ -53,20 +54,8 @@ def test_property_stagger_spreads_the_matrices_over_the_gap(gap, count):
 # Lazily.
 
 
-def literal(gap, early, similar, first=0):
-    """The steps of refreshes 0, 1, …: `similar` says of refreshes 1, 2, … whether the basis hardly turned."""
-    steps, in_a_row, following = [first], 0, min(k * gap - early for k in range(100) if k * gap - early > first)
-    for alike in similar:
-        steps.append(following)
-        in_a_row = in_a_row + 1 if alike else 0
-        if in_a_row == 5:
-            gap, in_a_row = gap * 2, 0
-        following += gap
-    return steps
-
-
 def simulated(gap, early, similar, first=0):
-    """The same through the schedule, asked before every step whether it is due."""
+    """The steps of refreshes, with the schedule asked before every step whether it is due."""
     found, lazy, old, step = [], None, None, 0
     bases = iter(itertools.accumulate([ONE, *similar], lambda basis, alike: basis if alike else basis.roll(3, 0)))
     while len(found) <= len(similar):
@@ -82,7 +71,7 @@ def simulated(gap, early, similar, first=0):
 @given(gap=st.integers(1, 5), similar=st.lists(st.booleans() | st.just(True), max_size=16), data=st.data())
 def test_property_lazy_doubles_after_five_in_a_row(gap, similar, data):
     early, first = data.draw(st.integers(0, gap - 1)), data.draw(st.integers(0, 20))
-    assert simulated(gap, early, similar, first) == literal(gap, early, similar, first)
+    assert simulated(gap, early, similar, first) == qgalore_refreshes(gap, early, similar, first)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -98,7 +87,7 @@ def test_lazy_by_example():
     """Gap 10, 3 steps early: a turn begins the count again, five similar refreshes make it 20, five more 40."""
     similar = [True] * 4 + [False] + [True] * 11
     expected = [0, 7, 17, 27, 37, 47, 57, 67, 77, 87, 97, 117, 137, 157, 177, 197, 237]
-    assert simulated(10, 3, similar) == literal(10, 3, similar) == expected
+    assert simulated(10, 3, similar) == qgalore_refreshes(10, 3, similar) == expected
 
 
 @pytest.mark.parametrize(("cosine", "counts"), [(0.0, 0), (0.39, 0), (0.41, 1), (1.0, 1)])

@@ -16,6 +16,7 @@ from lowrank_cases import (
     full_gradients,
     on_engine,
     relative,
+    stacked,
     torch_adamw,
     train,
     weights,
@@ -176,14 +177,6 @@ def test_gradients_that_are_thrown_away_are_no_refresh():
 
 
 # Estimates.
-
-
-def stacked(engine, model, full):
-    """By basis, the gradient of its layers, one over the other."""
-    names = {module: name for name, module in model.named_modules()}
-    return {
-        basis: torch.cat([full[f"{names[layer.module]}.weight"] for layer in basis.layers]) for basis in engine.bases
-    }
 
 
 def chance(grad, basis):

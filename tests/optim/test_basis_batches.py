@@ -52,6 +52,8 @@ def run(monkeypatch, elements, shape, bad=(), steps=4, **group):
         for param, grad in zip(params, gradients(shape, step in bad), strict=True):
             param.grad = grad
         optimizer.step()
+        for value in (value for param in params for value in optimizer.state[param].values()):
+            assert value.untyped_storage().nbytes() == value.numel() * value.itemsize  # and no view of the batch
         found.append((torch.stack(params).detach(), torch.stack([basis_of(optimizer, param) for param in params])))
     return found
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from basis_cases import GAP, ROWS, WITH_MOMENTS, Row, basis_of, each_row, projected, record, started, steps_of
 from optimizer_cases import BASE, assert_same, contents, each_class, saved, train
+from option_cases import each_wrong_option
 from torch.nn import Parameter
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW
@@ -210,37 +211,8 @@ def test_a_matrix_without_a_gradient_waits():
 
 # Refusals.
 
-BOOLEANS = {name: [(value, TypeError) for value in (1, "yes", None)] for name in ("equal_state", "stagger", "lazy")}
-WRONG = {
-    "moments": [(value, ValueError) for value in ("rotated", "KEEP", None, 1, True)],
-    "source": [(value, ValueError) for value in ("momentum", "Gradient", None, 1)],
-    "subspace": [(value, ValueError) for value in ("late", "SVD", None)],
-    "basis_dtype": [(value, ValueError) for value in ("int16", "INT8", "float64", torch.int8, torch.bfloat16, 8)],
-    "random_from": [(-1, ValueError), ("5", TypeError), (2.0, TypeError), (True, TypeError)],
-    **BOOLEANS,
-}
-CHOICES = {
-    "moments": "keep, align, rotate, reset",
-    "source": "gradient, moment",
-    "subspace": "svd, randomized, gram, random, late_random",
-    "basis_dtype": "float32, bfloat16, int8, int4",
-    "random_from": "",
-    **dict.fromkeys(BOOLEANS, "True or False"),
-}
-TOGETHER = [
-    ({"subspace": "late_random"}, "subspace='late_random' and random_from"),
-    ({"random_from": 5}, "subspace='late_random' and random_from"),
-    ({"subspace": "random", "random_from": 5}, "subspace='late_random' and random_from"),
-    ({"subspace": "random", "moments": "align"}, "moments='align'.*rotate, reset or keep"),
-    ({"subspace": "late_random", "random_from": 5, "moments": "align"}, "moments='align'.*rotate, reset or keep"),
-]
-WRONG_GROUPS = [
-    *(({name: value}, kind, f"{name}.*{CHOICES[name]}") for name, rows in WRONG.items() for value, kind in rows),
-    *((group, ValueError, regex) for group, regex in TOGETHER),
-]
 
-
-@pytest.mark.parametrize(("options", "kind", "regex"), WRONG_GROUPS, ids=[str(group) for group, *_ in WRONG_GROUPS])
+@each_wrong_option
 @each_class
 def test_a_wrong_option_is_refused_before_anything_changes(cls, options, kind, regex):
     group = {"params": [Parameter(torch.ones(4, 4))], "rank": 2, **options}
