@@ -104,8 +104,8 @@ class LayerBasis:
         old, self.kept, self.candidate = self.matrix.to(self.work), self.candidate, None
         new = self.matrix.to(self.work)
         if self.settings.lazy:
-            gap = self.settings.update_proj_gap
-            self.lazy = schedule.postponed(self.lazy, step, gap, self._early, new, old)
+            gap, before = self.settings.update_proj_gap, None if self.lazy is None else old  # the first is random
+            self.lazy = schedule.postponed(self.lazy, step, gap, self._early, new, before)
         return new, old
 
     def forget(self) -> None:

@@ -198,7 +198,20 @@ class OptimizerSteps:
     # State dicts.
 
     def _keep(self, state_dict: dict[str, Any]) -> None:
-        """torch casts state to the parameter's dtype; the bases keep theirs."""
+        """torch casts state to the parameter's dtype; the bases keep theirs.
+
+        Raises:
+            ValueError: a basis was saved as other integers than it is kept as, or as floats instead.
+        """
+        for index, param in enumerate(self._groups()):
+            layer, basis = self.engine.layers.get(param), state_dict["state"].get(index, {}).get("basis")
+            if layer is not None and basis is not None:
+                saved, kept = basis.dtype, layer.basis.kept["basis"].dtype
+                if saved != kept and not (saved.is_floating_point and kept.is_floating_point):
+                    raise ValueError(
+                        f"basis_dtype: a basis was saved as {saved}, and this model keeps it as {kept}. Enable the "
+                        "projected backward with the basis_dtype of the run that goes on"
+                    )
         self._loaded = {
             index: {name: state[name] for name in _KEPT if name in state}
             for index, state in state_dict["state"].items()
