@@ -18,6 +18,7 @@ Group = dict[str, Any]
 # What the projected backward keeps in the state of B.
 _BASIS = ("basis", "basis_scale")
 _KEPT = (*_BASIS, "basis_steps", "test_matrix", "refresh_schedule")
+_READ_BY_THE_HOST = ("basis_steps", "refresh_schedule")  # small, and never on a device
 
 
 class Engine(Protocol):
@@ -221,7 +222,9 @@ class OptimizerSteps:
         params = list(self._groups())
         for index, kept in self._loaded.items():
             param = params[index]
-            self.optimizer.state[param].update({name: value.to(param.device) for name, value in kept.items()})
+            self.optimizer.state[param].update(
+                {name: value.to("cpu" if name in _READ_BY_THE_HOST else param.device) for name, value in kept.items()}
+            )
         self._loaded = {}
         for basis in self.engine.bases:
             basis.forget()

@@ -262,12 +262,14 @@ def assert_same(left, right):
 
 
 def assert_equal_states(left, right):
-    """Equal optimizer states, bit for bit."""
+    """Equal optimizer states, bit for bit, dtypes included."""
     assert left["state"].keys() == right["state"].keys()
     for index, state in left["state"].items():
         assert state.keys() == right["state"][index].keys()
         for name, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(right["state"][index][name])), (index, name)
+            one, other = torch.as_tensor(value), torch.as_tensor(right["state"][index][name])
+            assert one.dtype == other.dtype, (index, name)
+            assert torch.equal(one, other), (index, name)
 
 
 def inside(module):

@@ -71,7 +71,7 @@ RESUMED = [
     *((name, "AdamW", torch.float32) for name in OPTIONS),
     *((name, "AdamW", torch.bfloat16) for name in ("align", "source=moment", "shared", "many")),
     *((name, make, torch.float32) for name in ("rotate", "reset", "many") for make in MAKERS if make != "AdamW"),
-    ("source=moment", "torch AdamW", torch.float32),
+    *(("shared", "torch AdamW", dtype) for dtype in (torch.float32, torch.bfloat16)),
 ]
 
 
