@@ -70,14 +70,15 @@ class Method:
 
 # A refresh from the gradient is all in one step. A streaming one starts at the end of the step before, where the
 # optimizer's step aims the sketch; then the backward pass gathers it and the optimizer's step makes the basis of it.
+# By default that is staggered; here all layers refresh together, so that it can be told from a plain step.
 IN_ONE_STEP, STREAMING = (GAP,), (GAP - 1, GAP)
 METHODS = {
     "adamw_torch_fused": Method("adamw_torch_fused"),
     "LoRA": Method("adamw_torch_fused", lora=True),
     "galore-torch": Method("galore_adamw", IN_ONE_STEP),
-    "galore_adamw_layerwise": Method("galore_adamw_layerwise", STREAMING, registered=True),
+    "galore_adamw_layerwise": Method("galore_adamw_layerwise", STREAMING, registered=True, more=", stagger=false"),
     "galore_adamw_layerwise, share_inputs": Method(
-        "galore_adamw_layerwise", STREAMING, registered=True, more=", share_inputs=true"
+        "galore_adamw_layerwise", STREAMING, registered=True, more=", stagger=false, share_inputs=true"
     ),
     "galore_adamw, randomized": Method("galore_adamw", IN_ONE_STEP, registered=True, more=", subspace=randomized"),
 }
