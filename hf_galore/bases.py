@@ -113,7 +113,11 @@ def random(grad: Tensor, rank: int, side: Side, previous: Tensor | None, seed: i
 
 
 SUBSPACES: dict[str, BasisMethod] = {"svd": svd, "randomized": randomized, "gram": gram, "random": random}
-SUBSPACE_NAMES = (*SUBSPACES, "late_random")
+
+
+def subspace_names() -> tuple[str, ...]:
+    """What `subspace` may be: a method that is added to SUBSPACES is one more."""
+    return (*SUBSPACES, "late_random")
 
 
 def method_at(subspace: str, step: int, random_from: int | None) -> BasisMethod:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hf_galore.bases import SUBSPACE_NAMES
+from hf_galore.bases import subspace_names
 from hf_galore.basis_store import BASIS_DTYPES
 from hf_galore.checks import check_boolean, check_choice, check_integer, check_number
 from hf_galore.sides import PROJ_TYPES
@@ -31,7 +31,7 @@ def check_low_rank(options: Mapping[str, Any]) -> None:
     check_integer("rank", options["rank"], low=1)
     check_integer("update_proj_gap", options["update_proj_gap"], low=1)
     check_number("scale", options["scale"], low=0.0)
-    choices = {"proj_type": PROJ_TYPES, "subspace": SUBSPACE_NAMES, "moments": MOMENTS, "source": SOURCES}
+    choices = {"proj_type": PROJ_TYPES, "subspace": subspace_names(), "moments": MOMENTS, "source": SOURCES}
     for name, valid in choices.items():
         check_choice(name, options[name], valid)
     if options["basis_dtype"] is not None:

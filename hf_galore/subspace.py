@@ -46,7 +46,8 @@ def refresh(
     whose gradient is zero or not finite, or on which the method does not converge, keeps its `previous` basis, or gets
     a seeded random one if it has none; a previous basis of another shape, such as another rank, counts as none. Where
     a gradient has fewer than r independent directions, the missing ones are seeded random directions orthogonal to
-    those it has: LAPACK's own would be arbitrary, often coordinate axes.
+    those it has: LAPACK's own would be arbitrary, often coordinate axes. None of that goes for `random`, which gives a
+    new basis whatever the gradient is, so that the seed alone gives it again.
 
     Args:
         seed: determines all that is random; torch's global generator is not used.

@@ -93,8 +93,7 @@ class TestEveryMethod:
         torch.manual_seed(0)
         grad = grad_of(shape)
         basis, reason, side = take(grad, 4, proj_type, method)
-        # What directions a gradient has does not matter to a basis that is random anyhow.
-        assert reason is not None or (method == "random" and grad.isfinite().all() and grad.any())
+        assert (reason is None) is (method == "random")  # which does not look at the gradient
         assert_orthonormal(basis, side, shape)
         for block in blocks(basis, side, shape):
             assert_not_axis_aligned(block[..., 1:])  # the first column may be an axis where the gradient is one
@@ -103,9 +102,13 @@ class TestEveryMethod:
         torch.manual_seed(0)
         old, _, _ = take(torch.randn(shape), 4, proj_type, method)
         for bad in (torch.zeros(shape), torch.full(shape, float("nan"))):
-            new, reason, _ = take(bad, 4, proj_type, method, previous=old)
-            assert reason is not None
-            assert torch.equal(new, old)
+            new, reason, _ = take(bad, 4, proj_type, method, previous=old, seed=1)
+            if method == "random":
+                assert torch.equal(new, take(torch.randn(shape), 4, proj_type, method, seed=1)[0])
+                assert not torch.equal(new, old)
+            else:
+                assert reason is not None
+                assert torch.equal(new, old)
 
     def test_rank_is_clamped(self, method, proj_type, shape):
         torch.manual_seed(0)
@@ -152,7 +155,7 @@ class TestEveryMethod:
             )
 
 
-@pytest.mark.parametrize("method", SUBSPACES)
+@pytest.mark.parametrize("method", sorted(set(SUBSPACES) - {"random"}))
 @pytest.mark.parametrize("shape", [TALL, ROOMY])
 def test_one_bad_expert_does_not_cost_the_others_their_bases(method, shape):
     torch.manual_seed(0)
