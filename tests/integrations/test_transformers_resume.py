@@ -86,13 +86,17 @@ def test_resuming_changes_nothing(whole, cut, ours):
 
 
 def test_the_state_is_tensors_that_load_safely(whole):
-    """weights_only=True loads it, in the dtypes in which it was kept: float32, and bytes for 8-bit moments."""
+    """weights_only=True loads it, in the dtypes in which it was kept: float32, and bytes for 8-bit moments.
+
+    On the optimizer path a random basis is a seed.
+    """
     _, dtype, changes, trainer = whole
     saved = torch.load(Path(trainer.args.output_dir) / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)
     tensors, _ = state_bits(trainer)
     assert_same({f"{i}.{key}": value for i, state in saved["state"].items() for key, value in state.items()}, tensors)
     kinds = {value.dtype for name, value in tensors.items()}
     expected = {torch.float32} | ({torch.uint8} if "8bit" in trainer.args.optim else set())
+    expected |= {torch.int64} if "subspace=random" in changes["optim_args"].split(", ") else set()
     assert kinds - expected == ({torch.bfloat16} if "state_dtype" in changes["optim_args"] else set())
     assert kinds >= expected
     assert {param.dtype for param in trainer.model.parameters()} == {dtype}

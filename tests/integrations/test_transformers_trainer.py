@@ -237,11 +237,12 @@ def nan_at_a_refresh_is_survived(run):
     """The poisoned parameter keeps the basis it had; all others refresh theirs and stay finite."""
     name = "model.layers.0.mlp.up_proj.weight"
     model = llama()
-    before = state_of(run.train(copy.deepcopy(model), max_steps=2))
+    at_once = {"optim_args": ", stagger=false"}
+    before = state_of(run.train(copy.deepcopy(model), max_steps=2, **at_once))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         poison = Poison(name)
-        poison.trainer = trainer = run.trainer(model, max_steps=3, trainer={"callbacks": [poison]})
+        poison.trainer = trainer = run.trainer(model, max_steps=3, trainer={"callbacks": [poison]}, **at_once)
         trainer.train()
     assert [w for w in caught if "not finite" in str(w.message)], "no warning"
     after = state_of(trainer)
@@ -563,21 +564,24 @@ def options_reach_the_engine(run):
 
 
 def staggered_layers_refresh_one_after_another(run):
-    """With stagger=true no two of 14 layers refresh in the same of 14 steps, after the first."""
-    steps = 15
-    seen = []
+    """With stagger=true no two of 14 layers refresh in the same of 14 steps, when all have done so once."""
+    gap, seen = 14, []
 
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             seen.append({name: layer.basis.matrix.clone() for name, layer in layers_of(trainer).items()})
 
     trainer = run.trainer(
-        llama(), max_steps=steps, optim_args=", update_proj_gap=14, stagger=true", trainer={"callbacks": [Watch()]}
+        llama(),
+        max_steps=2 * gap + 1,
+        optim_args=f", update_proj_gap={gap}, stagger=true",
+        trainer={"callbacks": [Watch()]},
     )
     trainer.train()
     pairs = itertools.pairwise(seen)
     moved = [sum(not torch.equal(after[n], before[n]) for n in before) for before, after in pairs]
-    assert moved == [1] * (steps - 1)
+    assert moved[gap:] == [1] * gap
+    assert max(moved) <= 2  # the first and the second refresh of two layers
 
 
 def only_small_gradients_exist(run):
