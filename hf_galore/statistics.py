@@ -15,7 +15,7 @@ class SubspaceStatistics:
 
     Attributes:
         step: the step, from 0, that the refresh belongs to.
-        captured_energy: ‖project(G)‖² / ‖G‖², in [0, 1].
+        captured_energy: ‖project(G)‖² / ‖G‖², at most 1 but for the rounding of a basis that is kept as integers.
         overlap: mean squared cosine between the new subspace and the old one, in [0, 1].
         stable_rank: ‖G‖² / ‖G‖₂², from 1 to min(m, n): how many directions the gradient has.
         seconds: that the refresh took.

@@ -14,7 +14,12 @@ import hf_galore
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = sorted(path for path in (ROOT / "hf_galore").rglob("*.py") if "integrations" not in path.parts)
-DOORS = {"__init__.py", "cli/env.py", "cli/run.py"}  # the files of the core that may reach the integrations
+DOORS = {
+    "__init__.py",
+    "cli/env.py",
+    "cli/run.py",
+    "cli/plot_subspace.py",
+}  # the files of the core that may reach the integrations
 
 IMPORT_THE_CORE = """
 import importlib, pathlib, hf_galore

@@ -1,6 +1,7 @@
 """python -m hf_galore plot-subspace RUN_DIR: how low-rank the gradients of a run were, and how its bases turned."""
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 from statistics import median
@@ -14,6 +15,11 @@ PANELS = {
 
 # {measure: {parameter: [(step, value), …]}}
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
+
+
+def kind(parameter: str) -> str:
+    """What a parameter is in its layer, such as `q_proj`."""
+    return parameter.removesuffix(".weight").rpartition(".")[2]
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,7 +36,11 @@ def main(args: argparse.Namespace) -> None:
     curves = read(args.run_dir)
     print(table(curves))
     out = args.out or args.run_dir / "subspace.png"
-    draw(curves, out)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("plot-subspace needs matplotlib: pip install matplotlib")
+    from hf_galore.integrations.matplotlib import draw
+
+    draw(curves, PANELS, out)
     print(f"picture: {out}")
 
 
@@ -55,11 +65,6 @@ def read(run_dir: Path) -> Curves:
     return curves
 
 
-def kind(parameter: str) -> str:
-    """What a parameter is in its layer, such as `q_proj`."""
-    return parameter.removesuffix(".weight").rpartition(".")[2]
-
-
 def table(curves: Curves) -> str:
     """Medians over the matrices of a kind, at the first and the last refresh, in Markdown."""
     kinds = sorted({kind(parameter) for lines in curves.values() for parameter in lines})
@@ -73,27 +78,3 @@ def table(curves: Curves) -> str:
             cells.append(" → ".join(ends))
         rows.append([name, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def draw(curves: Curves, out: Path) -> None:
-    """One panel for each measure: a thin line for each matrix, in the colour of its kind."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("plot-subspace needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    kinds = sorted({kind(parameter) for lines in curves.values() for parameter in lines})
-    colours = {name: f"C{index % 10}" for index, name in enumerate(kinds)}
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 4), layout="constrained")
-    for axis, (measure, title) in zip(axes, PANELS.items(), strict=True):
-        for parameter, line in curves[measure].items():
-            steps, values = zip(*line, strict=True)
-            axis.plot(steps, values, color=colours[kind(parameter)], linewidth=0.8, alpha=0.7)
-        axis.set(title=title, xlabel="step")
-        axis.set_ylim(bottom=0, top=1 if measure != "stable_rank" else None)
-    for name, colour in colours.items():
-        axes[-1].plot([], [], color=colour, label=name)
-    axes[-1].legend(fontsize="small")
-    figure.savefig(out, dpi=120)
