@@ -10,7 +10,8 @@ import math
 from typing import Any
 
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers.trainer import Trainer
+from transformers.trainer_callback import TrainerCallback
 
 from hf_galore.lowrank_layer import UPDATE
 from hf_galore.statistics import SubspaceStatistics
