@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python examples/benchmarks/layerwise_memory.py --jobs 2       # resumable
 
 Two steps of forward, backward and optimizer on random tokens, bfloat16 weights. `live_mib` is the peak of the second,
-by live tensor bytes (the same on every device), `refresh_mib` that of the first, which refreshes every basis;
-`resident_mib` is the peak resident size of the process, libraries included. `frozen`: embeddings, head and norms are
-frozen in all methods; `trained`: they train in all (in LoRA through modules_to_save).
-galore-torch layerwise is what transformers 5.23 makes of it: one optimizer per parameter, stepped in a hook.
+by live tensor bytes (the same on every device), `refresh_mib` that of the first, in which galore-torch refreshes every
+basis; the projected backward refreshes a sixteenth in each of the first 16 steps. `resident_mib` is the peak resident
+size of the process, libraries included. `frozen`: embeddings, head and norms are frozen in all methods; `trained`:
+they train in all (in LoRA through modules_to_save). galore-torch layerwise is what transformers 5.23 makes of it: one
+optimizer per parameter, stepped in a hook.
 """
 
 import argparse
