@@ -35,6 +35,7 @@ from hf_galore.lowrank_basis import LayerBasis
 from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings
 from hf_galore.lowrank_steps import OptimizerSteps
 from hf_galore.lowrank_targets import sharing_inputs, swappable
+from hf_galore.messages import clamped_rank
 from hf_galore.optim.optimizer import warn_once
 from hf_galore.param_groups import ALL_LINEAR, find_targets, group_parameters
 from hf_galore.sides import rank_of, resolve_side
@@ -123,7 +124,7 @@ class LowRankBackward:
         stacked = (sum(weight.shape[0] for weight in weights), shape[1])
         rank = rank_of(settings.rank, stacked, resolve_side(settings.proj_type, shape), settings.equal_state)
         if rank < settings.rank:
-            self.warn(f"rank={settings.rank} is larger than a matrix of shape {shape} has: it is clamped")
+            self.warn(clamped_rank(settings.rank, shape))
         layers = [
             LowRankLayer(module, weight, rank, len(self.layers) + number, self.settings)
             for number, (module, weight) in enumerate(zip(modules, weights, strict=True))

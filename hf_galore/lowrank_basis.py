@@ -12,6 +12,7 @@ from hf_galore import schedule
 from hf_galore.bases import gram, method_at, normal, random, seeded
 from hf_galore.basis_store import State, basis_format
 from hf_galore.lowrank_layer import LowRankLayer, Settings, several_ranks
+from hf_galore.messages import unfit_gradient
 from hf_galore.ops import matmul
 from hf_galore.rounding import mix64
 from hf_galore.sides import Left, Right, Side
@@ -264,11 +265,7 @@ class LayerBasis:
         self._last_seconds = time.perf_counter() - started
         self.seconds += self._last_seconds
         if reason is not None:
-            shape, step = tuple(self.layers[0].weight.shape), self.steps
-            self.engine.warn(
-                f"a basis refresh found that {reason} (parameter of shape {shape}, step {step}): keeping the old "
-                "basis, or taking seeded random directions for what is missing"
-            )
+            self.engine.warn(unfit_gradient(reason, self.layers[0].weight.shape, self.steps))
         return self._format.encode(basis)
 
     def _random(self, size: int) -> Tensor:

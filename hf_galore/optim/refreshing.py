@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_galore import schedule
 from hf_galore.bases import BasisMethod, method_at, random, svd
+from hf_galore.messages import clamped_rank, unfit_gradient
 from hf_galore.optim.matrix import LowRankMatrix, working_dtype
 from hf_galore.optim.moments import bias_corrections
 from hf_galore.rounding import mix64
@@ -103,9 +104,9 @@ def _refresh(owner: Owner, batch: Sequence[Member]) -> None:
     """New bases for members that are alike."""
     started = time.perf_counter()
     first, method = batch[0], _method(batch[0])
-    shape, asked = tuple(first.param.shape), first.group["rank"]
+    shape, asked = first.param.shape, first.group["rank"]
     if asked > min(shape[-2:]):
-        owner.warn(f"rank={asked} is larger than a matrix of shape {shape} has: it is clamped")
+        owner.warn(clamped_rank(asked, shape))
     old = [member.matrix.basis(member.state) for member in batch]
     grads = [_source(owner, member, basis) for member, basis in zip(batch, old, strict=True)]
     seeds = [_seed(first)] * len(batch)  # one for all: a matrix gets what it would get alone
@@ -113,10 +114,7 @@ def _refresh(owner: Owner, batch: Sequence[Member]) -> None:
         seeds = [_seed(member, member.number) for member in batch]
     bases, reason = _together(first.matrix, grads, old, method, seeds)
     if reason is not None:
-        owner.warn(
-            f"a basis refresh found that {reason} (parameter of shape {shape}, step {first.done}): keeping the old "
-            "basis, or taking seeded random directions where there is none"
-        )
+        owner.warn(unfit_gradient(reason, shape, first.done))
     seconds = (time.perf_counter() - started) / len(batch)
     for member, basis, before, seed in zip(batch, bases, old, seeds, strict=True):
         kept = _adopt(owner, member, basis, before, seed if method is random else None)
