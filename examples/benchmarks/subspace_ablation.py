@@ -82,13 +82,13 @@ METHODS = {
 }
 OF_GALORE, OF_ADAPTERS = [1.25e-3, 2.5e-3, 5e-3], [2e-3, 4e-3, 8e-3]
 LR_MATRICES = {
-    "adamw": [5e-4, 1e-3, 2e-3],
+    "adamw": [2.5e-4, 5e-4, 1e-3],
     "galore": OF_GALORE,
     "layerwise": OF_GALORE,
     "lora": OF_ADAPTERS,
     "relora": OF_ADAPTERS,
 }
-LR_REST = [1e-2, 2e-2, 4e-2]
+LR_REST = [2e-2, 4e-2, 8e-2]
 
 
 def llama(hidden: int, intermediate: int, heads: int, layers: int, vocabulary: int, length: int = 256) -> dict:
