@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_galore.lowrank_basis import LayerBasis, Momentum
 from hf_galore.lowrank_layer import LowRankLayer, Settings
+from hf_galore.messages import no_average_of_gradients
 from hf_galore.optim.moments import bias_corrections
 from hf_galore.optim.optimizer import LowRankOptimizer
 from hf_galore.subspace import rotate
@@ -47,9 +48,7 @@ class OptimizerSteps:
         if not groups.keys() >= engine.layers.keys():
             raise ValueError("optimizer: it does not have the small parameters; pass it param_groups() of this object")
         if engine.settings.source == "moment" and any("betas" not in groups[update] for update in engine.layers):
-            raise ValueError(
-                f"source='moment': {type(optimizer).__name__} keeps no average of the gradients; use source='gradient'"
-            )
+            raise ValueError(no_average_of_gradients(optimizer))
         if any(groups[update].get("scale_parameter") for update in engine.layers):
             raise ValueError("optimizer: scale_parameter=True would measure the small parameters; pass False")
         self._first = True
@@ -146,8 +145,9 @@ class OptimizerSteps:
         for layer in basis.layers:
             state, group = self.optimizer.state.get(layer.update), groups[layer.update]
             if state and self.engine.settings.moments == "rotate":
-                bias = bias_corrections(group, int(state.get("step", 0)))
-                self._change_moments(layer, group, partial(_rotated, new, old, layer, bias))
+                bias1, bias2 = bias_corrections(group, int(state.get("step", 0)))
+                turn = partial(rotate, new=new, old=old, side=layer.side, bias1=bias1, bias2=bias2)
+                self._change_moments(layer, group, turn)
             elif state and self.engine.settings.moments == "reset":
                 self._reset_moments(layer, group)
 
@@ -247,9 +247,3 @@ def _is_moment(name: str, value: Any) -> bool:
 def _meaning(name: str) -> str:
     """What `rotate` calls a moment of torch's optimizers: SGD's momentum is a first moment."""
     return "exp_avg" if name == "momentum_buffer" else name
-
-
-def _rotated(
-    new: Tensor, old: Tensor, layer: LowRankLayer, bias: tuple[float, float], moments: dict[str, Tensor]
-) -> None:
-    rotate(moments, new, old, layer.side, *bias)

@@ -1,4 +1,4 @@
-"""What both engines warn of."""
+"""What both engines warn of and refuse."""
 
 from collections.abc import Sequence
 
@@ -14,3 +14,8 @@ def unfit_gradient(reason: str, shape: Sequence[int], step: int) -> str:
         f"a basis refresh found that {reason} (parameter of shape {tuple(shape)}, step {step}): keeping the old "
         "basis, or taking seeded random directions for what is missing"
     )
+
+
+def no_average_of_gradients(optimizer: object) -> str:
+    """source='moment' with an optimizer that has no such moment."""
+    return f"source='moment': {type(optimizer).__name__} keeps no average of the gradients; use source='gradient'"

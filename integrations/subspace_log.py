@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers.trainer import Trainer
 from transformers.trainer_callback import TrainerCallback
 
+from hf_galore.cli.plot_subspace import PREFIX
 from hf_galore.lowrank_layer import UPDATE
 from hf_galore.statistics import SubspaceStatistics
-
-PREFIX = "subspace/"
 
 
 class SubspaceLog(TrainerCallback):

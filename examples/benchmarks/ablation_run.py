@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
+from held_out import loss_of, tokens_of
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -23,7 +24,6 @@ from corpus import Blocks, load_corpus
 from measure import state_bytes
 
 HELD_OUT_BLOCKS = 128  # for the perplexity, at most
-EVAL_BATCH = 8
 TARGETS = ["self_attn", "mlp"]
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-8}  # of every method; none decays weights
 REWARM = 10  # steps in which the adapters' rate grows again after a merge of ReLoRA
@@ -165,17 +165,3 @@ def merge(layer: LoraLayer) -> None:
     layer.base_layer.weight += (
         layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     )
-
-
-@torch.no_grad()
-def loss_of(model: nn.Module, blocks: Blocks) -> float:
-    """The mean loss on the blocks."""
-    losses = []
-    for first in range(0, len(blocks), EVAL_BATCH):
-        tokens = tokens_of(blocks, range(first, min(first + EVAL_BATCH, len(blocks))))
-        losses += [model(input_ids=tokens, labels=tokens).loss] * len(tokens)
-    return float(torch.stack(losses).mean())
-
-
-def tokens_of(blocks: Blocks, indices: Sequence[int]) -> torch.Tensor:
-    return torch.stack([blocks[index]["input_ids"] for index in indices])

@@ -12,7 +12,7 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import bitsandbytes
 import result_file
 import torch
 import transformers
+from held_out import loss_of, tokens_of
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -164,20 +165,6 @@ def train(model: nn.Module, optimizer: GaLoreAdamW, blocks: Blocks, steps: range
         model(input_ids=tokens, labels=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
         optimizer.step()
-
-
-@torch.no_grad()
-def loss_of(model: nn.Module, blocks: Blocks) -> float:
-    """The mean loss on the blocks."""
-    losses = []
-    for first in range(0, len(blocks), 8):
-        tokens = tokens_of(blocks, range(first, min(first + 8, len(blocks))))
-        losses += [model(input_ids=tokens, labels=tokens).loss] * len(tokens)
-    return float(torch.stack(losses).mean())
-
-
-def tokens_of(blocks: Blocks, indices: Sequence[int]) -> torch.Tensor:
-    return torch.stack([blocks[index]["input_ids"] for index in indices])
 
 
 def finished(options: argparse.Namespace, seed: int) -> set[Run]:

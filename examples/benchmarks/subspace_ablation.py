@@ -88,7 +88,7 @@ LR_MATRICES = {
     "lora": OF_ADAPTERS,
     "relora": OF_ADAPTERS,
 }
-LR_REST = [2e-2, 4e-2, 8e-2]
+LR_REST = [4e-2, 8e-2, 1.6e-1]
 
 
 def llama(hidden: int, intermediate: int, heads: int, layers: int, vocabulary: int, length: int = 256) -> dict:

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_galore.bases import random
-from hf_galore.basis_store import BasisFormat, basis_format
+from hf_galore.basis_store import BasisFormat, State, basis_format
 from hf_galore.sides import Side, rank_of, resolve_side
 from hf_galore.subspace import refresh
-
-Group = dict[str, Any]
-State = dict[str, Any]
 
 
 def working_dtype(param: Tensor) -> torch.dtype:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_galore.checks import check_boolean, check_integer, check_number
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS, check_low_rank
+from hf_galore.messages import no_average_of_gradients
 from hf_galore.ops import BLOCK_ELEMENTS, add_, add_lowrank_, product_dtype, scale_
 from hf_galore.optim.blockwise import BLOCK as QUANTIZATION_BLOCK
 from hf_galore.optim.matrix import LowRankMatrix, working_dtype
@@ -123,9 +124,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         _check_common(group)
         self.check_group(group)
         if group.get("rank") is not None and group["source"] == "moment" and self.momentum(group) is None:
-            raise ValueError(
-                f"source='moment': {type(self).__name__} keeps no average of the gradients; use source='gradient'"
-            )
+            raise ValueError(no_average_of_gradients(self))
         super().add_param_group(param_group)
         try:
             _check_params(self.param_groups[-1])

@@ -183,8 +183,9 @@ def _adopt(owner: Owner, member: Member, basis: Tensor, before: Tensor | None, s
             basis = align(basis, before, sizes)
     kept = matrix.keep_basis(state, basis, seed)
     if before is not None and group["moments"] == "rotate":
-        bias = bias_corrections(group, member.done)
-        owner.change_moments(param, group, partial(_rotated, kept, before, matrix, bias))
+        bias1, bias2 = bias_corrections(group, member.done)
+        turn = partial(rotate, new=kept, old=before, side=matrix.side, bias1=bias1, bias2=bias2)
+        owner.change_moments(param, group, turn)
     elif before is not None and group["moments"] == "reset":
         owner.reset_moments(param, group)
     if group["lazy"]:
@@ -192,9 +193,3 @@ def _adopt(owner: Owner, member: Member, basis: Tensor, before: Tensor | None, s
             state.get("refresh_schedule"), member.done, group["update_proj_gap"], member.early, kept, before, sizes
         )
     return kept
-
-
-def _rotated(
-    basis: Tensor, before: Tensor, matrix: LowRankMatrix, bias: tuple[float, float], moments: dict[str, Tensor]
-) -> None:
-    rotate(moments, basis, before, matrix.side, *bias)
