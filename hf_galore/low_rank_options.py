@@ -44,3 +44,17 @@ def check_low_rank(options: Mapping[str, Any]) -> None:
         raise ValueError("subspace='late_random' and random_from, the step from which bases are random, go together")
     if options["moments"] == "align" and options["subspace"] in ("random", "late_random"):
         raise ValueError("moments='align': the signs of random bases mean nothing; use rotate, reset or keep")
+
+
+def check_spread_batch(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that fused experts which are spread over ranks cannot have.
+
+    Their bases are spread with them, so blocks of codes would cross ranks, and schedules differ from rank to rank.
+    """
+    if options["basis_dtype"] in ("int8", "int4"):
+        raise ValueError(
+            f"basis_dtype={options['basis_dtype']!r} does not go with fused experts that are spread over ranks; use "
+            "float32 or bfloat16"
+        )
+    if options["lazy"]:
+        raise ValueError("lazy=True does not go with fused experts that are spread over ranks; use lazy=False")

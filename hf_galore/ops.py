@@ -58,9 +58,19 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_lowrank_(
-    weight: Tensor, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    key: RoundingKey | None,
+    first_row: int = 0,
 ) -> None:
-    """weight (..., m, n) ← beta·weight + alpha·left (..., m, k) @ right (..., k, n), in place."""
+    """weight (..., m, n) ← beta·weight + alpha·left (..., m, k) @ right (..., k, n), in place.
+
+    `first_row` is the number of the weight's first row within its parameter.
+    """
     wide = weight.dtype in (torch.float32, torch.float64)
     product = weight.dtype if wide else product_dtype(weight.dtype, weight.device)
     left, right = left.to(product), right.to(product)
@@ -80,7 +90,7 @@ def add_lowrank_(
                     return block.addmm_(a[rows], b, beta=beta, alpha=alpha)
                 return scale_(block, beta).add_(a[rows] @ b, alpha=alpha)
 
-            _round_rows_(one, new_rows, key, first_row=index * one.shape[0])
+            _round_rows_(one, new_rows, key, first_row + index * one.shape[0])
 
 
 def add_(
@@ -115,8 +125,8 @@ def scale_(tensor: Tensor, factor: float) -> Tensor:
 
 
 def _width(tensor: Tensor) -> int:
-    """The length of a row: the last dimension."""
-    return tensor.shape[-1] if tensor.dim() else 1
+    """The length of a row: the last dimension; a vector is a column, so that its parts have rows of their own."""
+    return tensor.shape[-1] if tensor.dim() > 1 else 1
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """What a refresh says about a matrix: how much of its gradient the basis captures, how far the basis has turned, …"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_galore.sides import Side
@@ -42,6 +44,16 @@ def statistics_of(
         float(stable_rank(grad).nanmean()),
         seconds,
     )
+
+
+def shared(found: SubspaceStatistics | None, team: dist.ProcessGroup, rank: int) -> SubspaceStatistics:
+    """What this rank of a team has found, on every rank of it; a collective."""
+    numbers = torch.zeros(len(fields(SubspaceStatistics)), dtype=torch.float64)
+    if found is not None:
+        numbers[:] = torch.tensor(astuple(found))
+    dist.broadcast(numbers, dist.get_global_rank(team, rank), group=team)
+    step, *others = numbers.tolist()
+    return SubspaceStatistics(int(step), *others)
 
 
 def turned(basis: Tensor, before: Tensor | None, side: Side, shape: tuple[int, ...]) -> float:

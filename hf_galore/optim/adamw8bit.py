@@ -16,7 +16,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
 
     The update is that of `GaLoreAdamW`, computed in float32 from the dequantised moments; they are quantised again
     after it. A moment of fewer than `min_8bit_size` elements (the low-rank moment, in a group with `rank`) stays in
-    floats.
+    floats, and so does that of a vector that is spread over ranks. Where matrices are, no block crosses a row.
 
     Deviations from galore-torch's class: eps and weight_decay have `GaLoreAdamW`'s meaning and defaults for every
     group (there: 1e-8 and 1e-2), and it runs on any device.
@@ -63,7 +63,10 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         super().check_group(group)
         check_integer("min_8bit_size", group["min_8bit_size"], low=0)
 
-    def moment_format(self, name: str, shape: torch.Size, group: Group, work: torch.dtype) -> MomentFormat:
-        if shape.numel() < group["min_8bit_size"] or work == torch.float64:
+    def moment_format(
+        self, name: str, shape: torch.Size, group: Group, work: torch.dtype, by_rows: bool = False
+    ) -> MomentFormat:
+        small = shape.numel() < group["min_8bit_size"] or (by_rows and len(shape) < 2)
+        if small or work == torch.float64:
             return super().moment_format(name, shape, group, work)
-        return Blockwise8bit(signed=name == "exp_avg")
+        return Blockwise8bit(signed=name == "exp_avg", by_rows=by_rows)

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from hf_galore.bases import random
 from hf_galore.basis_store import BasisFormat, State, basis_format
+from hf_galore.shards import is_sharded, local, spread
 from hf_galore.sides import Side, rank_of, resolve_side
 from hf_galore.subspace import refresh
+
+_BASIS = ("basis", "basis_scale")  # what a `BasisFormat` keeps
 
 
 def working_dtype(param: Tensor) -> torch.dtype:
@@ -35,29 +38,41 @@ class LowRankMatrix:
         return rank_of(self.group["rank"], self.param.shape, self.side, self.group["equal_state"])
 
     @property
+    def spread(self) -> bool:
+        """Whether this is a batch of matrices that are spread over ranks, and their bases with them."""
+        return self.param.dim() > 2 and is_sharded(self.param)
+
+    @property
     def low_rank_shape(self) -> torch.Size:
         """Of R, and of Adam's moments."""
         *batch, rows, cols = self.param.shape
         return torch.Size((*batch, *self.side.low_rank(rows, cols, self.rank)))
 
     @property
+    def basis_rows(self) -> int:
+        return sum(self.side.sizes(*self.param.shape[-2:]))
+
+    @property
     def _format(self) -> BasisFormat:
-        rows = sum(self.side.sizes(*self.param.shape[-2:]))
-        return basis_format(self.group["basis_dtype"], self.group["state_dtype"], rows, working_dtype(self.param))
+        work = working_dtype(self.param)
+        return basis_format(self.group["basis_dtype"], self.group["state_dtype"], self.basis_rows, work)
 
     def basis(self, state: State) -> Tensor | None:
         """The basis in force (..., k, r), made again where only its seed is kept; None before the first refresh."""
         if "basis_seed" in state:
-            like = self.param.new_empty((), dtype=working_dtype(self.param)).expand(self.param.shape)
+            like = local(self.param).new_empty((), dtype=working_dtype(self.param)).expand(self.param.shape)
             return refresh(like, self.rank, self.side, random, None, int(state["basis_seed"]))[0]
-        return self._format.decode(state) if "basis" in state else None
+        if "basis" not in state:
+            return None
+        return self._format.decode({name: local(state[name]) for name in _BASIS if name in state})
 
     def keep_basis(self, state: State, basis: Tensor, seed: int | None) -> Tensor:
         """Puts a basis into the state; given a seed, one that `random` makes of it, only that. As it will be read."""
-        for name in ("basis", "basis_scale", "basis_seed"):
+        for name in (*_BASIS, "basis_seed"):
             state.pop(name, None)
-        if seed is not None and self.group["basis_dtype"] is None:
+        if seed is not None and self.group["basis_dtype"] is None and not self.spread:
             state["basis_seed"] = torch.tensor(seed)
             return basis
-        state.update(self._format.encode(basis))
-        return self._format.decode(state).to(basis)
+        kept = self._format.encode(basis)
+        state.update({name: spread(value, self.param) for name, value in kept.items()} if self.spread else kept)
+        return self._format.decode(kept).to(basis)

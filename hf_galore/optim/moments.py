@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hf_galore.ops import round_into_
 from hf_galore.optim import blockwise
@@ -71,25 +72,44 @@ class Float:
 
 @dataclass(frozen=True)
 class Blockwise8bit:
-    """Moments as 8-bit codes (uint8, the moment's shape) with one float32 `<name>_absmax` for each block of 256."""
+    """Moments as 8-bit codes (uint8, the moment's shape) with one float32 `<name>_absmax` for each block of 256.
+
+    With `by_rows` no block crosses a row, and `<name>_absmax` has the moment's shape but for the last dimension: rows
+    can be spread over ranks then, however many these are.
+    """
 
     signed: bool
+    by_rows: bool = False
     dtype: ClassVar[torch.dtype] = torch.uint8
 
     def create(self, state: State, name: str, shape: torch.Size, device: torch.device) -> None:
         zero = torch.zeros((), dtype=torch.float32, device=device)
         state[name] = blockwise.quantize(zero, self.signed)[0].expand(shape).contiguous()
-        state[f"{name}_absmax"] = zero.new_zeros(-(-shape.numel() // blockwise.BLOCK))
+        rows, width = (shape[:-1], shape[-1]) if self.by_rows else ((), shape.numel())
+        state[f"{name}_absmax"] = zero.new_zeros((*rows, -(-width // blockwise.BLOCK)))
 
     def read(self, state: State, name: str) -> Tensor:
-        return blockwise.dequantize(state[name], state[f"{name}_absmax"], self.signed)
+        codes, absmax = state[name], state[f"{name}_absmax"]
+        if not self.by_rows:
+            return blockwise.dequantize(codes, absmax, self.signed)
+        width = codes.shape[-1]
+        return blockwise.dequantize(_whole_blocks(codes), absmax.view(-1), self.signed)[..., :width].contiguous()
 
     def write(self, state: State, name: str, value: Tensor, key: RoundingKey | None, first_row: int = 0) -> None:
-        codes, absmax = blockwise.quantize(value, self.signed)
-        state[name].copy_(codes)
-        state[f"{name}_absmax"].copy_(absmax)
+        codes, absmax = blockwise.quantize(_whole_blocks(value) if self.by_rows else value, self.signed)
+        state[name].copy_(codes[..., : value.shape[-1]] if self.by_rows else codes)
+        state[f"{name}_absmax"].copy_(absmax.view_as(state[f"{name}_absmax"]))
 
     def rows(self, state: State, name: str, rows: slice, width: int) -> State:
-        first, last = rows.start * width, rows.stop * width
-        blocks = slice(first // blockwise.BLOCK, -(-last // blockwise.BLOCK))
-        return {name: state[name].view(-1, width)[rows], f"{name}_absmax": state[f"{name}_absmax"][blocks]}
+        absmax = state[f"{name}_absmax"]
+        if self.by_rows:
+            part = absmax.view(-1, absmax.shape[-1])[rows]
+        else:
+            first, last = rows.start * width, rows.stop * width
+            part = absmax[first // blockwise.BLOCK : -(-last // blockwise.BLOCK)]
+        return {name: state[name].view(-1, width)[rows], f"{name}_absmax": part}
+
+
+def _whole_blocks(values: Tensor) -> Tensor:
+    """The values with their rows (the last dimension) filled up with zeros to whole blocks."""
+    return pad(values, (0, -values.shape[-1] % blockwise.BLOCK))

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_galore.checks import check_boolean, check_integer, check_number
-from hf_galore.low_rank_options import LOW_RANK_DEFAULTS, check_low_rank
-from hf_galore.messages import no_average_of_gradients
+from hf_galore.low_rank_options import LOW_RANK_DEFAULTS, check_low_rank, check_spread_batch
+from hf_galore.messages import STD_IS_RIGHT, no_average_of_gradients, only_right
 from hf_galore.ops import BLOCK_ELEMENTS, add_, add_lowrank_, product_dtype, scale_
 from hf_galore.optim.blockwise import BLOCK as QUANTIZATION_BLOCK
 from hf_galore.optim.matrix import LowRankMatrix, working_dtype
@@ -23,7 +24,8 @@ from hf_galore.optim.moments import Float, MomentFormat, State
 from hf_galore.optim.refreshing import Group, Member, refresh_bases
 from hf_galore.rounding import RoundingKey, mix64
 from hf_galore.schedule import offset
-from hf_galore.sides import resolve_side
+from hf_galore.shards import is_sharded, local, rows_of, spread
+from hf_galore.sides import Right, resolve_side
 from hf_galore.statistics import Observer
 
 Formats = dict[str, tuple[torch.Size, MomentFormat]]  # shape and format of each moment
@@ -61,8 +63,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
     `reset_step`. Tensors only. Where `observe` is set, it is called with the parameter and the `SubspaceStatistics` of
     each refresh.
 
+    Parameters may be DTensors whose rows are spread over ranks (FSDP2; `hf_galore.shards`): moments are then spread
+    alike, a step communicates nothing, and matrices are projected on the right: `std` becomes `right`. A refresh
+    brings each gradient together at one rank of several and hands out the basis (`hf_galore.optim.refreshing`).
+
     Raises:
-        ValueError: a hyper-parameter is out of range, or a vector is in a group with `rank`.
+        ValueError: a hyper-parameter is out of range or does not go with spread parameters, or a vector is in a group
+            with `rank`.
         TypeError: a hyper-parameter has the wrong type.
         RuntimeError: a gradient is sparse.
     """
@@ -71,6 +78,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._refresh_seconds = 0.0
         self._warned: set[str] = set()
         self.observe: Observer | None = None
+        # Ranks whose parameters and gradients are the same (DDP): they divide the refreshes among them.
+        self.replicas: dist.ProcessGroup | None = None
         # What takes the step (delta, in working precision) and the decay of a parameter in the parameter's place.
         self.write_backs: dict[Tensor, Callable[[Tensor, float], None]] = {}
         super().__init__(params, defaults)
@@ -100,8 +109,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """The decay rate of `exp_avg`, if that is an average of gradients."""
         return None
 
-    def moment_format(self, name: str, shape: torch.Size, group: Group, work: torch.dtype) -> MomentFormat:
-        """How the named moment is kept between steps."""
+    def moment_format(
+        self, name: str, shape: torch.Size, group: Group, work: torch.dtype, by_rows: bool = False
+    ) -> MomentFormat:
+        """How the named moment is kept between steps; `by_rows` where its rows are to be spread over ranks."""
         return Float(group["state_dtype"] or work, work)
 
     def check_group(self, group: Group) -> None:
@@ -137,6 +148,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_refresh_seconds", 0.0)
         self.__dict__.setdefault("_warned", set())
         self.__dict__.setdefault("observe", None)
+        self.__dict__.setdefault("replicas", None)
         self.__dict__.setdefault("write_backs", {})
         for group in self.param_groups:  # a state dict of an older version may lack keys that came later
             for key, value in (self.defaults | (LOW_RANK_DEFAULTS if group.get("rank") is not None else {})).items():
@@ -189,53 +201,77 @@ class LowRankOptimizer(torch.optim.Optimizer):
             count = len(group["params"])
             for index, param in enumerate(group["params"]):
                 if param.grad is not None and param.numel() > 0:
-                    state, member = self.state[param], None
+                    state, member, rows = self.state[param], None, rows_of(param)
+                    if rows is not None:
+                        self._fit_to_rows(param, group)
                     if group.get("rank") is not None:
                         early = offset(index, count, group["update_proj_gap"], group["stagger"])
-                        member = Member(LowRankMatrix(param, group), group, state, number, early)
+                        member = Member(LowRankMatrix(param, group), group, state, number, early, rows)
                     yield param, group, number, member
                 number += 1
+
+    def _fit_to_rows(self, param: Tensor, group: Group) -> None:
+        """Makes sure that a rank can step its rows of a parameter alone.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if not self.elementwise:
+            name = type(self).__name__
+            raise ValueError(f"{name} cannot step parameters that are spread over ranks; use GaLoreAdamW")
+        if group.get("rank") is None:
+            return
+        if param.dim() > 2:
+            check_spread_batch(group)
+        elif group["proj_type"] == "std":
+            group["proj_type"] = "right"
+            self.warn(STD_IS_RIGHT)
+        elif not isinstance(resolve_side(group["proj_type"], param.shape), Right):
+            raise ValueError(only_right(group["proj_type"]))
 
     # The step of one parameter, in the order of the paper.
 
     def _step_one(self, param: Tensor, group: Group, number: int, member: Member | None) -> None:
         """Steps parameter `number` (counted over all groups), which is `member` if it is projected."""
-        grad = param.grad
-        assert grad is not None
+        grad, weight, first_row_of = local(param.grad), local(param), _first_row(param)
         state = self.state[param]
         work = working_dtype(param)
         done = int(state.get("step", 0))
         key = RoundingKey(group["seed"], done, number) if group["stochastic_rounding"] else None
+        formats = self._formats(param, group)
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            self._create_moments(param, formats)
+        state["step"] += 1
+        if weight.numel() == 0:  # all rows are on other ranks
+            return
         basis = None
         if member is not None:
             basis = member.matrix.basis(state)
             assert basis is not None
             grad = member.matrix.side.project(grad, basis.to(product_dtype(grad.dtype, grad.device)))
-        formats = self._formats(grad.shape, group, work)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for name, (shape, kept) in formats.items():
-                kept.create(state, name, shape, param.device)
-        state["step"] += 1
         lr = self.rate(group, done + 1, param)
         beta = 1.0 - lr * group["weight_decay"]
         step = _Step(group, formats, done + 1 - int(state.get("reset_step", 0)), lr, number, key)
+        here = {name: local(value) for name, value in state.items()}
         if member is not None or param in self.write_backs:
             delta = torch.zeros(grad.shape, dtype=work, device=param.device)
-            self._update(delta, grad, state, step)
+            self._update(delta, grad, here, step, first_row_of(delta))
             if member is None or basis is None:
                 self.write_backs[param](delta, beta)
             else:
                 left, right = member.matrix.side.factors(delta, basis.to(work))
-                add_lowrank_(param, left, right, alpha=group["scale"], beta=beta, key=step.key)
+                row = first_row_of(weight)
+                add_lowrank_(weight, left, right, alpha=group["scale"], beta=beta, key=step.key, first_row=row)
             return
-        for rows, of_grad, of_state, first_row in self._blocks(param, grad, state, formats):
+        for rows, of_grad, of_state, start in self._blocks(weight, grad, here, formats):
+            row = first_row_of(weight) + start
             if rows.dtype == work and rows.is_contiguous():
-                self._update(scale_(rows, beta), of_grad, of_state, step, first_row)
+                self._update(scale_(rows, beta), of_grad, of_state, step, row)
             else:
                 delta = torch.zeros(of_grad.shape, dtype=work, device=param.device)
-                self._update(delta, of_grad, of_state, step, first_row)
-                add_(rows, delta, alpha=1.0, beta=beta, key=step.key, first_row=first_row)
+                self._update(delta, of_grad, of_state, step, row)
+                add_(rows, delta, alpha=1.0, beta=beta, key=step.key, first_row=row)
 
     def _update(self, target: Tensor, grad: Tensor, state: State, step: "_Step", first_row: int = 0) -> None:
         """`update_` with the moments read from the state and written back."""
@@ -248,7 +284,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _blocks(
         self, param: Tensor, grad: Tensor, state: State, formats: Formats
     ) -> Iterator[tuple[Tensor, Tensor, State, int]]:
-        """(rows of the parameter, of its gradient, of its state, number of the first row) for a full-rank step.
+        """(rows of the parameter, of its gradient, of its state, how many are before them) for a full-rank step.
 
         Where something is kept in another precision than the working one, a rule that works element by element takes a
         block of rows after the other: no copy is as large as the parameter then.
@@ -270,39 +306,51 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 part.update(kept.rows(state, name, rows, width))
             yield param.view(height, width)[rows], grad.view(height, width)[rows], part, start
 
-    def _formats(self, shape: torch.Size, group: Group, work: torch.dtype) -> Formats:
-        """Shape and format of each moment for a gradient of this shape."""
+    def _formats(self, param: Tensor, group: Group) -> Formats:
+        """Shape and format of each moment of a parameter, wherever its rows are."""
+        is_projected = group.get("rank") is not None
+        shape = LowRankMatrix(param, group).low_rank_shape if is_projected else param.shape
+        work, by_rows = working_dtype(param), is_sharded(param)
         return {
-            name: (moment, self.moment_format(name, moment, group, work))
+            name: (moment, self.moment_format(name, moment, group, work, by_rows))
             for name, moment in self.moment_shapes(shape, group).items()
         }
+
+    def _create_moments(self, param: Tensor, formats: Formats) -> None:
+        made: State = {}
+        rows = rows_of(param)
+        for name, (shape, kept) in formats.items():
+            here = shape if rows is None else torch.Size((rows.count, *shape[1:]))
+            kept.create(made, name, here, param.device)
+        self.state[param].update(made if rows is None else {name: spread(made[name], param) for name in made})
 
     def change_moments(self, param: Tensor, group: Group, change: Callable[[dict[str, Tensor]], None]) -> None:
         """Lets `change` alter the moments of a parameter in place, in working precision, whatever they are kept in."""
         moments = self.read_moments(param, group)
         change(moments)
-        for name, (_, kept) in self._formats_of(param, group).items():
-            kept.write(self.state[param], name, moments[name], None)
+        here = {name: local(value) for name, value in self.state[param].items()}
+        for name, (_, kept) in self._formats(param, group).items():
+            kept.write(here, name, moments[name], None)
 
     def read_moments(self, param: Tensor, group: Group) -> dict[str, Tensor]:
-        """The moments of a parameter in working precision."""
-        return {name: kept.read(self.state[param], name) for name, (_, kept) in self._formats_of(param, group).items()}
+        """The moments of a parameter in working precision; this rank's rows of them."""
+        here = {name: local(value) for name, value in self.state[param].items()}
+        return {name: kept.read(here, name) for name, (_, kept) in self._formats(param, group).items()}
 
     def reset_moments(self, param: Tensor, group: Group) -> None:
         """Makes the moments of a parameter zero, and lets their bias corrections start again."""
-        state = self.state[param]
-        for name, (shape, kept) in self._formats_of(param, group).items():
-            kept.create(state, name, shape, param.device)
-        state["reset_step"] = state["step"].clone()
-
-    def _formats_of(self, param: Tensor, group: Group) -> Formats:
-        is_projected = group.get("rank") is not None
-        shape = LowRankMatrix(param, group).low_rank_shape if is_projected else param.shape
-        return self._formats(shape, group, working_dtype(param))
+        self._create_moments(param, self._formats(param, group))
+        self.state[param]["reset_step"] = self.state[param]["step"].clone()
 
     def warn(self, message: str) -> None:
         """Warns once for each kind of message (its first words)."""
         warn_once(self._warned, type(self).__name__, message)
+
+
+def _first_row(param: Tensor) -> Callable[[Tensor], int]:
+    """The number that the first row of a tensor has whose dimension 0 is spread over ranks as the parameter's is."""
+    rows = rows_of(param)
+    return lambda tensor: 0 if rows is None else rows.first * math.prod(tensor.shape[1:-1])
 
 
 def warn_once(seen: set[str], owner: str, message: str) -> None:
@@ -362,7 +410,8 @@ def _check_formats(optimizer: LowRankOptimizer, param: Tensor, group: Group, sta
     for name in optimizer.moment_shapes(param.shape, group):
         moment = state.get(name)
         if isinstance(moment, Tensor):
-            kept = optimizer.moment_format(name, moment.shape, group, working_dtype(param)).dtype
+            work, by_rows = working_dtype(param), is_sharded(param)
+            kept = optimizer.moment_format(name, moment.shape, group, work, by_rows).dtype
             if (moment.dtype == torch.uint8) != (kept == torch.uint8):
                 raise ValueError(
                     f"{name} was saved as {moment.dtype}, and {type(optimizer).__name__} keeps it as {kept}: load "

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_galore import schedule
@@ -14,8 +15,9 @@ from hf_galore.messages import clamped_rank, unfit_gradient
 from hf_galore.optim.matrix import LowRankMatrix, working_dtype
 from hf_galore.optim.moments import bias_corrections
 from hf_galore.rounding import mix64
+from hf_galore.shards import Rows, local
 from hf_galore.sides import project_back
-from hf_galore.statistics import Observer, statistics_of
+from hf_galore.statistics import Observer, shared, statistics_of
 from hf_galore.subspace import align, refresh, rotate
 
 Group = dict[str, Any]
@@ -30,6 +32,7 @@ class Owner(Protocol):
     """What a refresh asks of the optimizer."""
 
     observe: Observer | None
+    replicas: dist.ProcessGroup | None
 
     def momentum(self, group: Group) -> float | None: ...
 
@@ -50,6 +53,12 @@ class Member(NamedTuple):
     state: State
     number: int  # among all parameters
     early: int  # how many steps early it refreshes
+    rows: Rows | None  # which of its rows this rank has, if they are spread over ranks
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient, or this rank's rows of it."""
+        return local(self.param.grad)
 
     @property
     def param(self) -> Tensor:
@@ -73,12 +82,33 @@ class Member(NamedTuple):
 
 
 def refresh_bases(owner: Owner, members: Sequence[Member]) -> float:
-    """Refreshes the bases that are due and returns the seconds that took."""
+    """Refreshes the bases that are due and returns the seconds that took.
+
+    Where several ranks hold the same gradients, or rows of the same ones, each makes the bases of its share of the
+    matrices, with the whole gradients, and all get them. The bases are those of a single process.
+    """
     started = time.perf_counter()
-    due = [member for member in members if member.due]
-    for alike in _batches(due):
-        _refresh(owner, alike)
-    return time.perf_counter() - started if due else 0.0
+    by_team: dict[Any, list[_Batch]] = {}
+    for alike in _batches([member for member in members if member.due]):
+        batch = _Batch(owner, alike)
+        by_team.setdefault(batch.team, []).append(batch)
+    for team, batches in by_team.items():
+        _refresh(batches, team)
+    return time.perf_counter() - started if by_team else 0.0
+
+
+def _refresh(batches: Sequence["_Batch"], team: dist.ProcessGroup | None) -> None:
+    """New bases for all batches, each made by one rank: as many at a time as there are ranks, the largest first."""
+    size, me = (1, 0) if team is None else (team.size(), team.rank())
+    ordered = sorted(batches, key=lambda batch: -batch.cost)
+    for first in range(0, len(ordered), size):
+        turn = ordered[first : first + size]
+        for rank, batch in enumerate(turn):
+            batch.gather(rank, me)
+        if me < len(turn):
+            turn[me].make()
+        for rank, batch in enumerate(turn):
+            batch.hand_out(rank, me)
 
 
 def _batches(members: Sequence[Member]) -> Iterator[list[Member]]:
@@ -100,28 +130,97 @@ def _batches(members: Sequence[Member]) -> Iterator[list[Member]]:
             yield alike[first : first + count]
 
 
-def _refresh(owner: Owner, batch: Sequence[Member]) -> None:
-    """New bases for members that are alike."""
-    started = time.perf_counter()
-    first, method = batch[0], _method(batch[0])
-    shape, asked = first.param.shape, first.group["rank"]
-    if asked > min(shape[-2:]):
-        owner.warn(clamped_rank(asked, shape))
-    old = [member.matrix.basis(member.state) for member in batch]
-    grads = [_source(owner, member, basis) for member, basis in zip(batch, old, strict=True)]
-    seeds = [_seed(first)] * len(batch)  # one for all: a matrix gets what it would get alone
-    if method is random:  # each its own, from which its basis can be made again
-        seeds = [_seed(member, member.number) for member in batch]
-    bases, reason = _together(first.matrix, grads, old, method, seeds)
-    if reason is not None:
-        owner.warn(unfit_gradient(reason, shape, first.done))
-    seconds = (time.perf_counter() - started) / len(batch)
-    for member, basis, before, seed in zip(batch, bases, old, seeds, strict=True):
-        kept = _adopt(owner, member, basis, before, seed if method is random else None)
-        if owner.observe is not None:
-            grad = member.param.grad
-            assert grad is not None
-            owner.observe(member.param, statistics_of(grad, member.matrix.side, kept, before, member.done, seconds))
+class _Batch:
+    """Members that are alike, on their way to new bases."""
+
+    def __init__(self, owner: Owner, members: Sequence[Member]) -> None:
+        self.owner, self.members, self.first = owner, members, members[0]
+        self.method = _method(self.first)
+        self.seeds = [_seed(self.first)] * len(members)  # one for all: a matrix gets what it would get alone
+        if self.method is random:  # each its own, from which its basis can be made again
+            self.seeds = [_seed(member, member.number) for member in members]
+        self.old: list[Tensor | None] = []
+        self.grads: list[Tensor] = []  # at the rank that makes the bases
+        self.bases: Sequence[Tensor] = []
+        self.seconds = 0.0
+
+    @property
+    def team(self) -> dist.ProcessGroup | None:
+        """The ranks that divide the work; None where each rank does all of it.
+
+        That is so for random bases, which cost less than to hand them out (but where an observer asks for the
+        gradient), and for experts, of which a rank has whole ones.
+        """
+        if self.method is random and (self._spread is None or self.owner.observe is None):
+            return None
+        return self.owner.replicas if self.first.rows is None else self._spread
+
+    @property
+    def _spread(self) -> dist.ProcessGroup | None:
+        """The ranks over which the rows of the members' gradients are spread."""
+        rows = self.first.rows if self.first.param.dim() == 2 else None
+        return rows.group if rows is not None else None
+
+    @property
+    def cost(self) -> int:
+        return len(self.members) * self.first.param.numel()
+
+    def gather(self, rank: int, me: int) -> None:
+        """Brings what the bases are made of together at this rank of the team, if it is not there."""
+        self.old = [member.matrix.basis(member.state) for member in self.members]
+        for member, basis in zip(self.members, self.old, strict=True):
+            if self._spread is None and rank == me:
+                self.grads.append(_source(self.owner, member, basis))
+            elif self._spread is not None and self.team is None:
+                self.grads.append(member.grad.new_empty(()).expand(member.param.shape))  # its shape is all that counts
+            elif member.rows is not None and self._spread is not None:
+                matrix = member.rows.gather(_source(self.owner, member, basis), rank)
+                self.grads += [] if matrix is None else [matrix]
+
+    def make(self) -> None:
+        """The bases, from the gradients that are here."""
+        started, shape, asked = time.perf_counter(), self.first.param.shape, self.first.group["rank"]
+        if asked > min(shape[-2:]):
+            self.owner.warn(clamped_rank(asked, shape))
+        self.bases, reason = _together(self.first.matrix, self.grads, self.old, self.method, self.seeds)
+        if reason is not None and not _is_rehearsal(self.first, self.grads):
+            self.owner.warn(unfit_gradient(reason, shape, self.first.done))
+        self.seconds = (time.perf_counter() - started) / len(self.members)
+
+    def hand_out(self, rank: int, me: int) -> None:
+        """Puts the bases that this rank has made in force on all ranks of the team."""
+        team = self.team
+        if team is not None:
+            matrix, work = self.first.matrix, working_dtype(self.first.param)
+            shape = (len(self.members), *matrix.param.shape[:-2], matrix.basis_rows, matrix.rank)
+            device = local(self.first.param).device
+            made = torch.stack(list(self.bases)) if rank == me else torch.empty(shape, dtype=work, device=device)
+            dist.broadcast(made, dist.get_global_rank(team, rank), group=team)
+            self.bases = [basis.clone() for basis in made]  # a view would keep the storage of all
+        for member, basis, before, seed in zip(self.members, self.bases, self.old, self.seeds, strict=True):
+            kept = _adopt(self.owner, member, basis, before, seed if self.method is random else None)
+            if self.owner.observe is not None and (team is not None or member.grad.numel() > 0):
+                self._report(member, kept, before, rank, me)
+        self.old, self.grads, self.bases = [], [], []
+
+    def _report(self, member: Member, basis: Tensor, before: Tensor | None, rank: int, me: int) -> None:
+        """Tells the observer of a refresh; with a team every rank's."""
+        team, rows, grad = self.team, member.rows, member.grad
+        whole = grad if rows is None or team is None else rows.gather(grad, rank)
+        found = None
+        if rank == me:
+            assert whole is not None
+            found = statistics_of(whole, member.matrix.side, basis, before, member.done, self.seconds)
+        if team is not None:
+            found = shared(found, team, rank)
+        assert found is not None
+        assert self.owner.observe is not None
+        self.owner.observe(member.param, found)
+
+
+def _is_rehearsal(member: Member, grads: Sequence[Tensor]) -> bool:
+    """Whether this is a step without a rate and gradients, by which torch.distributed.checkpoint makes states."""
+    return float(member.group["lr"] or 0.0) == 0.0 and not any(bool(grad.any()) for grad in grads)
 
 
 def _method(member: Member) -> BasisMethod:
@@ -134,9 +233,11 @@ def _seed(member: Member, *number: int) -> int:
 
 
 def _source(owner: Owner, member: Member, basis: Tensor | None) -> Tensor:
-    """What the new basis is made of: G, or the first moment as G would change it, (1 − β)·G + β·back(M)."""
-    grad, group = member.param.grad, member.group
-    assert grad is not None
+    """What the new basis is made of: G, or the first moment as G would change it, (1 − β)·G + β·back(M).
+
+    Of a matrix whose rows are spread over ranks, this rank's rows.
+    """
+    grad, group = member.grad, member.group
     if group["source"] == "gradient" or basis is None:
         return grad
     beta = owner.momentum(group)
@@ -155,6 +256,8 @@ def _together(
 ) -> tuple[Sequence[Tensor], str | None]:
     """The new bases: those of several gradients in one call, but for random ones."""
     work = working_dtype(matrix.param)
+    if grads[0].numel() == 0:  # experts, of which this rank has none
+        return [grad.new_zeros(*grad.shape[:-2], matrix.basis_rows, matrix.rank, dtype=work) for grad in grads], None
     previous = [None if basis is None else basis.to(work) for basis in old]
     if method is random or len(grads) == 1:
         pairs = [
