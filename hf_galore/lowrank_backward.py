@@ -33,7 +33,7 @@ from hf_galore.frozen_weight import frozen_weight, holds_codes, is_quantized
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_basis import LayerBasis
 from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings
-from hf_galore.lowrank_steps import OptimizerSteps
+from hf_galore.lowrank_optimizer import OptimizerSteps
 from hf_galore.lowrank_targets import sharing_inputs, swappable
 from hf_galore.messages import clamped_rank
 from hf_galore.optim.optimizer import warn_once

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from hf_galore import schedule
 from hf_galore.bases import gram, method_at, normal, random, seeded
 from hf_galore.basis_store import State, basis_format
 from hf_galore.lowrank_layer import LowRankLayer, Settings, several_ranks
+from hf_galore.lowrank_store import Momentum
 from hf_galore.messages import unfit_gradient
 from hf_galore.ops import matmul
 from hf_galore.rounding import mix64
@@ -21,14 +22,6 @@ from hf_galore.subspace import align, refresh
 
 _PROBES = 16  # random directions that the statistics of a sketch are estimated with
 _FIRST_REFRESHES = 16  # steps over which the first streaming refreshes are spread if they are staggered
-
-
-class Momentum(NamedTuple):
-    """The first moment of a small parameter after a step, the gradient of that step, and the moment's decay rate."""
-
-    after: Tensor
-    low: Tensor
-    beta: float
 
 
 class Steering(Protocol):

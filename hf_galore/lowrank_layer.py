@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_galore.checks import check_choice, check_integer
 from hf_galore.frozen_weight import FrozenWeight
 from hf_galore.low_rank_options import check_low_rank
+from hf_galore.lowrank_store import UpdateStorage
 from hf_galore.ops import product_dtype
 from hf_galore.param_groups import is_conv1d
 from hf_galore.projected_linear import ProjectedLinear, TapGradient, dense
@@ -105,6 +106,7 @@ class LowRankLayer:
         shape = (m, self.rank) if self.right else (self.rank, n)
         stored = self.weight.stored
         self.update = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=stored.device))
+        self.storage = UpdateStorage()
         self.attached = False  # to an optimizer, whose steps wake B and fold it
         self.basis: LayerBasis  # it sets both of these
         self.test_matrix: Tensor | None  # U, its rows of the basis's orthonormal test matrix; None if no sketch is due
@@ -155,7 +157,7 @@ class LowRankLayer:
     def fold(self) -> None:
         """W ← decay·W + scale·back(B), B ← 0."""
         if self.pending:
-            self._add(self.update.detach().to(self.work), self.decay, self.basis.steps)
+            self._add(self.storage.read(self), self.decay, self.basis.steps)
             self.drop()
 
     def write_back(self, delta: Tensor, beta: float) -> None:
@@ -173,8 +175,7 @@ class LowRankLayer:
 
     def drop(self, *_: Any) -> None:
         """Forgets what is pending: B ← 0. Also as a hook, where another W is about to be loaded."""
-        with torch.no_grad():
-            self.wake().zero_()
+        self.storage.clear(self)
         self.decay, self.pending = 1.0, False
         self.rest()
 

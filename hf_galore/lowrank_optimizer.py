@@ -1,0 +1,95 @@
+"""The projected backward around an ordinary torch optimizer: hooks on its steps and on its state dict."""
+
+from typing import Any
+
+import torch
+
+from hf_galore.lowrank_steps import KEPT, READ_BY_THE_HOST, Engine, Steps, aim_if_lost, check_basis, restore
+from hf_galore.lowrank_store import OptimizerStore
+from hf_galore.messages import no_average_of_gradients
+from hf_galore.optim.optimizer import LowRankOptimizer
+
+
+class OptimizerSteps:
+    """Makes every step of the optimizer fold and refresh, and keeps the bases in its state, by hooks on it.
+
+    Raises:
+        ValueError: the optimizer lacks small parameters, or measures parameters by their size (Adafactor's
+            scale_parameter=True), which is not that of the weights.
+    """
+
+    def __init__(self, engine: Engine, optimizer: torch.optim.Optimizer) -> None:
+        self.engine, self.optimizer = engine, optimizer
+        self.store = OptimizerStore(engine.layers, optimizer)
+        _check(engine, self.store)
+        self._first = True
+        self._loaded: dict[int, dict[str, Any]] = {}
+        for layer in engine.layers.values():
+            layer.attached = True
+            layer.fold()
+            layer.rest()
+        at_once = False
+        if isinstance(optimizer, LowRankOptimizer) and engine.settings.fold_every == 1:
+            at_once = True
+            optimizer.write_backs.update({update: layer.write_back for update, layer in engine.layers.items()})
+        self.steps = Steps(engine, self.store, at_once)
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self.steps.after()),
+            optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._keep(state_dict)),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._restore()),
+        ]
+
+    def _before_step(self) -> None:
+        if self._first:
+            self._first = False
+            self._warn_of_idle_modules()
+        self.steps.before()
+
+    def _warn_of_idle_modules(self) -> None:
+        names = {module: name for name, module in self.engine.model.named_modules()}
+        idle = [names[layer.module] for layer in self.engine.layers.values() if layer.update.grad is None]
+        if idle:
+            self.engine.warn(
+                f"{len(idle)} modules got no gradient in the first step: {', '.join(idle[:4])}. A module that is "
+                "never called, because the model reads its weight, does not train: leave it out of target_modules. "
+                "An expert trains as soon as it gets tokens"
+            )
+
+    # State dicts.
+
+    def _keep(self, state_dict: dict[str, Any]) -> None:
+        """torch casts state to the parameter's dtype; the bases keep theirs."""
+        states = state_dict["state"]
+        for index, param in enumerate(self.store.groups()):
+            if param in self.engine.layers:
+                check_basis(self.engine.layers[param], states.get(index, {}))
+        self._loaded = {
+            index: {name: state[name] for name in KEPT if name in state} for index, state in states.items()
+        }
+
+    def _restore(self) -> None:
+        params = list(self.store.groups())
+        for index, kept in self._loaded.items():
+            param = params[index]
+            self.optimizer.state[param].update(
+                {name: value.to("cpu" if name in READ_BY_THE_HOST else param.device) for name, value in kept.items()}
+            )
+        self._loaded = {}
+        for basis in self.engine.bases:
+            basis.forget()
+            for layer in basis.layers:
+                layer.fold()
+                restore(layer, self.optimizer.state.get(layer.update, {}))
+            aim_if_lost(basis)
+
+
+def _check(engine: Engine, store: OptimizerStore) -> None:
+    """Raises ValueError for an optimizer that does not fit."""
+    groups, layers = store.groups(), engine.layers
+    if not groups.keys() >= layers.keys():
+        raise ValueError("optimizer: it does not have the small parameters; pass it param_groups() of this object")
+    if engine.settings.source == "moment" and any("betas" not in groups[update] for update in layers):
+        raise ValueError(no_average_of_gradients(store.optimizer))
+    if any(groups[update].get("scale_parameter") for update in layers):
+        raise ValueError("optimizer: scale_parameter=True would measure the small parameters; pass False")
