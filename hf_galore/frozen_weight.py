@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_galore.ops import add_lowrank_
 from hf_galore.param_groups import is_conv1d
 from hf_galore.rounding import RoundingKey
+from hf_galore.shards import local, rows_of
 
 
 class FrozenWeight(Protocol):
@@ -39,7 +40,10 @@ class FrozenWeight(Protocol):
         """What the module computes in, whatever its input's dtype; None: in that of its input."""
 
     def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
-        """W ← beta·W + alpha·left (m, k) @ right (k, n), in place; rounded stochastically if there is a key."""
+        """W ← beta·W + alpha·left (m, k) @ right (k, n), in place; rounded stochastically if there is a key.
+
+        Where the rows of W are spread over ranks, `left` has this rank's.
+        """
 
 
 class PlainWeight:
@@ -69,7 +73,9 @@ class PlainWeight:
         weight = self.module.get_parameter("weight").detach()
         if self.transposed:  # rows and columns as stored: a row is what is contiguous, and what the bits go by
             left, right = right.mT, left.mT
-        add_lowrank_(weight, left, right, alpha=alpha, beta=beta, key=key)
+        rows = rows_of(weight)
+        first = 0 if rows is None else rows.first
+        add_lowrank_(local(weight), left, right, alpha=alpha, beta=beta, key=key, first_row=first)
 
 
 # Quantized module classes → what makes a FrozenWeight of a module.

@@ -24,6 +24,7 @@ A refresh of the basis, every `update_proj_gap` steps, is one of
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from hf_galore.lowrank_targets import sharing_inputs, swappable
 from hf_galore.messages import clamped_rank
 from hf_galore.optim.optimizer import warn_once
 from hf_galore.param_groups import ALL_LINEAR, find_targets, group_parameters
+from hf_galore.shards import is_sharded
 from hf_galore.sides import rank_of, resolve_side
 from hf_galore.statistics import Observer
 
@@ -49,13 +51,19 @@ class LowRankBackward:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.settings = model, settings
-        self.layers: dict[Tensor, LowRankLayer] = {}  # by B
+        self._layers: list[LowRankLayer] = []
         self.bases: list[LayerBasis] = []
         self.unswapped: set[str] = set()  # names of targets that stay with the optimizer
         self.observe: Observer | None = None  # is told of each refresh, with B of the (first) layer of the basis
+        self.hides_updates = True  # state dicts have no small parameters
         self.gradients_complete: Callable[[], bool] = lambda: True  # False while further micro-batches are to come
         self._hooks: list[Any] = []
         self._warned: set[str] = set()
+
+    @property
+    def layers(self) -> dict[Tensor, LowRankLayer]:
+        """By B."""
+        return {layer.update: layer for layer in self._layers}
 
     @property
     def count(self) -> int:
@@ -84,9 +92,9 @@ class LowRankBackward:
                 weight, on which it acts.
             options: further keys of the group with `rank`.
         """
-        small, full = {}, []
+        small, full, layers = {}, [], self.layers
         for name, param in model.named_parameters():
-            if param in self.layers:
+            if param in layers:
                 small[name] = name.removesuffix(UPDATE) + "weight"
             elif param.requires_grad and name not in self.unswapped:
                 full.append(name)
@@ -126,10 +134,10 @@ class LowRankBackward:
         if rank < settings.rank:
             self.warn(clamped_rank(settings.rank, shape))
         layers = [
-            LowRankLayer(module, weight, rank, len(self.layers) + number, self.settings)
+            LowRankLayer(module, weight, rank, len(self._layers) + number, self.settings)
             for number, (module, weight) in enumerate(zip(modules, weights, strict=True))
         ]
-        self.layers.update({layer.update: layer for layer in layers})
+        self._layers += layers
         self.bases.append(LayerBasis(layers, len(self.bases), self))
         return layers
 
@@ -137,7 +145,7 @@ class LowRankBackward:
         """Warns where the full gradients of many layers live together in an exact refresh, with their bytes."""
         settings = self.settings
         if settings.refresh == "exact" and settings.gradient_accumulation_steps > 1 and not settings.stagger:
-            weights = [layer.weight for layer in self.layers.values()]
+            weights = [layer.weight for layer in self._layers]
             total = sum(weight.shape[0] * weight.shape[1] * weight.dtype.itemsize for weight in weights)
             self.warn(
                 "refresh='exact' with gradient accumulation holds the full gradients of all layers, "
@@ -152,11 +160,11 @@ class LowRankBackward:
         object.__setattr__(self.model, _ENABLED, self)  # not through nn.Module: this is no part of the model
         for layer, module in self._modules():
             module.weight.requires_grad_(False)
-            module.register_parameter(UPDATE, layer.update)
+            module.register_parameter(UPDATE, layer.own_update)
             module.forward = _Forward(layer, module)
             self._hooks += [
                 module.register_state_dict_pre_hook(layer.fold_first),
-                module.register_state_dict_post_hook(_drop_update),
+                module.register_state_dict_post_hook(partial(_hide_update, self)),
                 module.register_load_state_dict_pre_hook(_spare_update),
                 module.register_load_state_dict_pre_hook(layer.drop),
             ]
@@ -164,22 +172,27 @@ class LowRankBackward:
     def uninstall(self) -> None:
         """Folds, and gives every module back its own forward, its trainable weight and its parameters. Idempotent.
 
-        The optimizer keeps its state: after another `install` training goes on where it was.
+        The optimizer keeps its state: after another `install` training goes on where it was. A model whose parameters
+        are spread over ranks only folds: FSDP2 puts B back into its modules as long as these exist.
         """
         if not self._hooks:
             return
         self.fold()
+        if any(is_sharded(layer.update) for layer in self._layers):
+            return
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         object.__delattr__(self.model, _ENABLED)
         for layer, module in self._modules():
             layer.update.grad = None
-            del module.forward, module._parameters[UPDATE]
+            del module.forward
+            layer.own_update = layer.update
+            del module._parameters[UPDATE]
             module.weight.requires_grad_(not holds_codes(module))
 
     def _modules(self) -> list[tuple[LowRankLayer, nn.Module]]:
-        return [(layer, module) for layer in self.layers.values() for module in layer.modules]
+        return [(layer, module) for layer in self._layers for module in layer.modules]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes every `optimizer.step()` fold and refresh, and keeps the bases in the optimizer's state.
@@ -191,7 +204,7 @@ class LowRankBackward:
 
     def fold(self) -> None:
         """Folds whatever is pending, in every layer."""
-        for layer in self.layers.values():
+        for layer in self._layers:
             layer.fold()
 
 
@@ -205,8 +218,9 @@ class _Forward:
         return self.layer.forward(self.module, *args, *kwargs.values())
 
 
-def _drop_update(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    state_dict.pop(prefix + UPDATE, None)
+def _hide_update(engine: LowRankBackward, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    if engine.hides_updates:
+        state_dict.pop(prefix + UPDATE, None)
 
 
 def _spare_update(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -332,9 +346,18 @@ def _refuse_codes(model: nn.Module, targets: set[str], swapped: Sequence[nn.Modu
             )
 
 
+def engine_of(model: nn.Module) -> LowRankBackward | None:
+    """The projected backward that is installed in the model."""
+    engine: LowRankBackward | None = getattr(model, _ENABLED, None)
+    return engine
+
+
 def disable(model: nn.Module) -> None:
-    """Folds what is pending and makes the model what it was before `enable`; does nothing to any other model."""
-    engine = getattr(model, _ENABLED, None)
+    """Folds what is pending and makes the model what it was before `enable`; does nothing to any other model.
+
+    A model that FSDP2 has sharded meanwhile keeps its small parameters, which are zero then.
+    """
+    engine = engine_of(model)
     if engine is not None:
         engine.uninstall()
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from hf_galore import schedule
 from hf_galore.bases import gram, method_at, normal, random, seeded
 from hf_galore.basis_store import State, basis_format
-from hf_galore.lowrank_layer import LowRankLayer, Settings, several_ranks
+from hf_galore.lowrank_layer import LowRankLayer, Settings, data_parallel_ranks
 from hf_galore.lowrank_store import Momentum
 from hf_galore.messages import unfit_gradient
 from hf_galore.ops import matmul
 from hf_galore.rounding import mix64
 from hf_galore.sides import Left, Right, Side
-from hf_galore.statistics import Observer, SubspaceStatistics, statistics_of, turned
+from hf_galore.statistics import Observer, SubspaceStatistics, shared, statistics_of, turned
 from hf_galore.subspace import align, refresh
 
 _PROBES = 16  # random directions that the statistics of a sketch are estimated with
@@ -53,6 +53,8 @@ class LayerBasis:
         self._last_seconds = 0.0  # of the last refresh
         self.lazy: Tensor | None = None  # the schedule of `hf_galore.schedule.postponed`
         self.sketch: Tensor | None = None  # Z, in a streaming refresh
+        self.momenta: Sequence[Momentum] | None = None  # of the layers, if they are to be mixed with Z
+        self._made: Tensor | None = None  # the basis of Z
         self.candidate: State | None = None  # the basis that is to be adopted, as it is kept
         self._found: SubspaceStatistics | None = None  # of the candidate, where the engine is observed
         self._pass = -1  # the backward pass that added last
@@ -69,6 +71,12 @@ class LayerBasis:
         self.tapping = self.due()
         if self.tapping:
             self.aim_anywhere()
+
+    def to(self, device: torch.device) -> None:
+        """Moves the basis, and U's that have been handed out, to where the layers are now."""
+        self.kept = {name: value.to(device) for name, value in self.kept.items()}
+        for layer in self.layers:
+            layer.test_matrix = None if layer.test_matrix is None else layer.test_matrix.to(device)
 
     @property
     def matrix(self) -> Tensor:
@@ -105,7 +113,7 @@ class LayerBasis:
     def forget(self) -> None:
         """Drops what a step in progress has gathered."""
         self._shared = None
-        self.sketch = self.candidate = self._found = None
+        self.sketch = self.momenta = self.candidate = self._found = None
         for layer in self.layers:
             layer.full = None
 
@@ -135,7 +143,7 @@ class LayerBasis:
             RuntimeError: a second backward pass before the step, in an exact refresh that was to have only one.
         """
         this_pass = torch._C._current_graph_task_id()
-        if this_pass != self._pass and not any(_has_gradient(one.update) for one in self.layers):
+        if this_pass != self._pass and not any(one.storage.has_gradient(one) for one in self.layers):
             self.forget()  # gradients that were thrown away, or a pass that failed, left something
         self._pass = this_pass
         if self.settings.refresh == "exact":
@@ -160,7 +168,8 @@ class LayerBasis:
             return
         # As the optimizer path takes it, from the gradient as stored: the signs of an SVD depend on that.
         stored_side = layer.side if not layer.transposed else Left() if self.right else Right()
-        self.candidate = self._new_basis(layer.full.mT if layer.transposed else layer.full, stored_side)
+        made = self._new_basis(layer.full.mT if layer.transposed else layer.full, stored_side)
+        self.candidate = self._format.encode(made)
         assert layer.update.grad is not None
         basis = self._format.decode(self.candidate)
         layer.update.grad.copy_(layer.side.project(layer.full, basis.to(layer.full.dtype)))
@@ -170,25 +179,42 @@ class LayerBasis:
         if self.settings.gradient_accumulation_steps == 1 and layer.uses <= 1:
             layer.full = None  # a shared layer under reentrant checkpointing adds to it in several passes
 
-    def finish_sketch(self, momenta: Sequence[Momentum] | None = None) -> None:
-        """The basis for the next step from Z, summed over the ranks of a process group: its left singular vectors.
+    # The end of a streaming refresh, a job of `divide`: the basis for the next step from Z, summed over all ranks.
 
-        Args:
-            momenta: of the layers, where the basis is to be that of the first moment and not of the gradient alone.
-        """
-        if self.tapping and self.settings.refresh == "streaming" and several_ranks():
+    @property
+    def cost(self) -> int:
+        return self.rank * self.layers[0].weight.shape[1 if self.right else 0]
+
+    def gather(self, rank: int, me: int) -> None:
+        team = data_parallel_ranks()
+        if team is not None:
             if self.sketch is None:  # a layer without tokens on this rank
                 width = self.rank + (_PROBES if self.engine.observe is not None else 0)
                 self.sketch = self.matrix.new_zeros(self.matrix.shape[0], width, dtype=self.work)
-            dist.all_reduce(self.sketch)
-        if self.sketch is not None:
-            self.sketch, probed = self.sketch[:, : self.rank], self.sketch[:, self.rank :]
-            if momenta is not None:
-                self._add_momenta(momenta)
-            self.candidate = self._new_basis(self.sketch, Left())
+            dist.reduce(self.sketch, rank, group=team)
+
+    def make(self) -> None:
+        """The left singular vectors of Z, and what an observer is told of them."""
+        if self.sketch is None:
+            return
+        self.sketch, probed = self.sketch[:, : self.rank], self.sketch[:, self.rank :]
+        if self.momenta is not None:
+            self._add_momenta(self.momenta)
+        self._made = self._new_basis(self.sketch, Left())
+        if self.engine.observe is not None:
+            self._found = self._estimated(self._format.decode(self._format.encode(self._made)).to(self.work), probed)
+
+    def hand_out(self, rank: int, me: int) -> None:
+        team = data_parallel_ranks()
+        if team is not None:
+            basis = torch.empty_like(self.matrix, dtype=self.work) if self._made is None else self._made.contiguous()
+            dist.broadcast(basis, rank, group=team)
+            self._made = basis
             if self.engine.observe is not None:
-                self._found = self._estimated(probed)
-            self.sketch = None
+                self._found = shared(self._found, team, rank)
+        if self._made is not None:
+            self.candidate = self._format.encode(self._made)
+        self.sketch = self.momenta = self._made = None
 
     def _add_momenta(self, momenta: Sequence[Momentum]) -> None:
         """Z ← (1 − β)·Z + Q (β·M)ᵀ U with the M before the step: the sketch of the first moment after it.
@@ -216,13 +242,12 @@ class LayerBasis:
         """A layer's rows of a few columns of normal numbers, the same in all passes and on all ranks of a step."""
         return normal((test.shape[0], _PROBES), test, seeded(self._seed(3, layer.index)))
 
-    def _estimated(self, probed: Tensor) -> SubspaceStatistics:
+    def _estimated(self, new: Tensor, probed: Tensor) -> SubspaceStatistics:
         """The statistics of a streaming refresh, from the image GᵀΩ (n, s) of normal numbers.
 
         ‖G Q‖²/‖G‖² is about ‖QᵀGᵀΩ‖²/‖GᵀΩ‖². The stable rank is not known: Z says too little of ‖G‖₂.
         """
-        assert self.candidate is not None
-        new, image = self._format.decode(self.candidate).to(self.work), probed.to(self.work)
+        image = probed.to(self.work)
         whole = float(image.square().sum())
         kept = float((new.mT @ image).square().sum())
         energy = kept / whole if whole > 0 else float("nan")
@@ -248,7 +273,7 @@ class LayerBasis:
         for layer, part in zip(self.layers, test.split(self._heights()), strict=True):
             layer.test_matrix = part.to(self.settings.state_dtype or self.work)
 
-    def _new_basis(self, matrix: Tensor, side: Side) -> State:
+    def _new_basis(self, matrix: Tensor, side: Side) -> Tensor:
         started = time.perf_counter()
         settings, old = self.settings, self.matrix.to(self.work)
         method = method_at(settings.subspace, self.steps, settings.random_from)
@@ -259,10 +284,11 @@ class LayerBasis:
         self.seconds += self._last_seconds
         if reason is not None:
             self.engine.warn(unfit_gradient(reason, self.layers[0].weight.shape, self.steps))
-        return self._format.encode(basis)
+        return basis
 
     def _random(self, size: int) -> Tensor:
-        like = torch.empty(size, self.rank, dtype=self.work, device=self.layers[0].weight.stored.device)
+        device = self.layers[0].weight.stored.device
+        like = torch.empty(size, self.rank, dtype=self.work, device="cpu" if device.type == "meta" else device)
         return random(like, self.rank, Left(), None, self._seed(0, size))[0]
 
     def _seed(self, *purpose: int) -> int:
@@ -273,7 +299,3 @@ def _product(x: Tensor, basis: Tensor) -> Tensor:
     with torch.no_grad():
         rows = matmul(x.reshape(-1, x.shape[-1]), basis).to(x.dtype)
         return rows.reshape(*x.shape[:-1], basis.shape[-1])
-
-
-def _has_gradient(update: Tensor) -> bool:
-    return update.grad is not None and bool(update.grad.any())

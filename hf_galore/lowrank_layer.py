@@ -105,7 +105,7 @@ class LowRankLayer:
         self.uses = 0  # forward passes through it in the step of a refresh
         shape = (m, self.rank) if self.right else (self.rank, n)
         stored = self.weight.stored
-        self.update = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=stored.device))
+        self.own_update = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=stored.device))
         self.storage = UpdateStorage()
         self.attached = False  # to an optimizer, whose steps wake B and fold it
         self.basis: LayerBasis  # it sets both of these
@@ -113,7 +113,7 @@ class LowRankLayer:
         self._listen()
 
     def _listen(self) -> None:
-        self.update.register_post_accumulate_grad_hook(lambda _: self.basis.gradient_added(self))
+        self.own_update.register_post_accumulate_grad_hook(lambda _: self.basis.gradient_added(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For copies: torch copies a parameter without its hooks."""
@@ -124,6 +124,12 @@ class LowRankLayer:
     def module(self) -> nn.Module:
         """The first of its modules."""
         return self.modules[0]
+
+    @property
+    def update(self) -> nn.Parameter:
+        """B as its module has it, where an engine may have put another in its place; `own_update` outside a model."""
+        update: nn.Parameter | None = self.module._parameters.get(UPDATE)
+        return self.own_update if update is None else update
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """What stands in for the module's forward."""
@@ -185,7 +191,7 @@ class LowRankLayer:
         Not where nobody would wake it, nor where it is pending between folds, nor among several ranks, whose engines
         write to every parameter.
         """
-        if self.attached and self.settings.fold_every == 1 and not several_ranks():
+        if self.attached and self.settings.fold_every == 1 and data_parallel_ranks() is None:
             self.update.data = self.update.new_zeros(()).expand(self.update.shape)
 
     def wake(self) -> nn.Parameter:
@@ -195,6 +201,7 @@ class LowRankLayer:
         return self.update
 
 
-def several_ranks() -> bool:
-    """Whether this process trains together with others."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def data_parallel_ranks() -> dist.ProcessGroup | None:
+    """The processes that this one trains with, all that there are; None if it is alone."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if several else None

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_galore.lowrank_steps import KEPT, READ_BY_THE_HOST, Engine, Steps, aim_if_lost, check_basis, restore
 from hf_galore.lowrank_store import OptimizerStore
@@ -23,7 +24,7 @@ class OptimizerSteps:
         self.store = OptimizerStore(engine.layers, optimizer)
         _check(engine, self.store)
         self._first = True
-        self._loaded: dict[int, dict[str, Any]] = {}
+        self._loaded: dict[Tensor, dict[str, Any]] = {}
         for layer in engine.layers.values():
             layer.attached = True
             layer.fold()
@@ -31,7 +32,6 @@ class OptimizerSteps:
         at_once = False
         if isinstance(optimizer, LowRankOptimizer) and engine.settings.fold_every == 1:
             at_once = True
-            optimizer.write_backs.update({update: layer.write_back for update, layer in engine.layers.items()})
         self.steps = Steps(engine, self.store, at_once)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
@@ -44,11 +44,16 @@ class OptimizerSteps:
         if self._first:
             self._first = False
             self._warn_of_idle_modules()
+            for param, layer in self.store.layers.items():  # an engine may have moved the model meanwhile
+                layer.basis.to(param.device)
+        if self.steps.at_once:
+            assert isinstance(self.optimizer, LowRankOptimizer)
+            self.optimizer.write_backs = {param: layer.write_back for param, layer in self.store.layers.items()}
         self.steps.before()
 
     def _warn_of_idle_modules(self) -> None:
         names = {module: name for name, module in self.engine.model.named_modules()}
-        idle = [names[layer.module] for layer in self.engine.layers.values() if layer.update.grad is None]
+        idle = [names[layer.module] for param, layer in self.store.layers.items() if param.grad is None]
         if idle:
             self.engine.warn(
                 f"{len(idle)} modules got no gradient in the first step: {', '.join(idle[:4])}. A module that is "
@@ -60,18 +65,17 @@ class OptimizerSteps:
 
     def _keep(self, state_dict: dict[str, Any]) -> None:
         """torch casts state to the parameter's dtype; the bases keep theirs."""
-        states = state_dict["state"]
-        for index, param in enumerate(self.store.groups()):
-            if param in self.engine.layers:
-                check_basis(self.engine.layers[param], states.get(index, {}))
-        self._loaded = {
-            index: {name: state[name] for name in KEPT if name in state} for index, state in states.items()
-        }
+        layers = self.store.layers
+        for group, saved in zip(self.optimizer.param_groups, state_dict["param_groups"], strict=False):
+            for param, key in zip(group["params"], saved["params"], strict=False):
+                state = state_dict["state"].get(key, {})
+                if param in layers:
+                    check_basis(layers[param], state)
+                if state:
+                    self._loaded[param] = {name: state[name] for name in KEPT if name in state}
 
     def _restore(self) -> None:
-        params = list(self.store.groups())
-        for index, kept in self._loaded.items():
-            param = params[index]
+        for param, kept in self._loaded.items():
             self.optimizer.state[param].update(
                 {name: value.to("cpu" if name in READ_BY_THE_HOST else param.device) for name, value in kept.items()}
             )
@@ -80,7 +84,7 @@ class OptimizerSteps:
             basis.forget()
             for layer in basis.layers:
                 layer.fold()
-                restore(layer, self.optimizer.state.get(layer.update, {}))
+                restore(layer, self.optimizer.state.get(self.store.param(layer), {}))
             aim_if_lost(basis)
 
 

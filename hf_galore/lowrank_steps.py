@@ -1,5 +1,6 @@
 """What happens around a step in the projected backward: bases adopted, updates folded, refreshes prepared."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Protocol
 
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_galore.lowrank_basis import LayerBasis
-from hf_galore.lowrank_layer import LowRankLayer, Settings
+from hf_galore.lowrank_layer import LowRankLayer, Settings, data_parallel_ranks
 from hf_galore.lowrank_store import Change, UpdateStore
 from hf_galore.subspace import rotate
+from hf_galore.teamwork import divide
 
 
 class Engine(Protocol):
@@ -17,8 +19,11 @@ class Engine(Protocol):
 
     model: nn.Module
     settings: Settings
-    layers: dict[Tensor, LowRankLayer]  # by B
     bases: list[LayerBasis]
+
+    @property
+    def layers(self) -> dict[Tensor, LowRankLayer]:
+        """By B."""
 
     def warn(self, message: str) -> None:
         """Warns once for each kind of message."""
@@ -44,14 +49,19 @@ class Steps:
 
     def after(self) -> None:
         """After a step, with its gradients still at hand where the store needs them."""
-        for basis, stepped in self._stepping().items():
+        stepping = self._stepping()
+        for basis, stepped in stepping.items():
             basis.steps += 1
             for layer in stepped:
                 layer.uses = 0
                 if not self.at_once:
                     layer.pending = True
                     layer.decay *= self.store.decay(layer)
-            self._refresh(basis)
+        self._finish_sketches(stepping)
+        for basis, stepped in stepping.items():
+            if basis.candidate is not None:
+                self._adopt(basis, basis.steps - 1)
+            basis.forget()
             if basis.steps % self.engine.settings.fold_every == 0:
                 for layer in basis.layers:
                     layer.fold()
@@ -66,13 +76,13 @@ class Steps:
             found.setdefault(layer.basis, []).append(layer)
         return found
 
-    def _refresh(self, basis: LayerBasis) -> None:
-        """Ends a refresh that the step was taken in, if it was."""
-        mixed = self.engine.settings.source == "moment" and basis.sketch is not None
-        basis.finish_sketch([self.store.momentum(layer) for layer in basis.layers] if mixed else None)
-        if basis.candidate is not None:
-            self._adopt(basis, basis.steps - 1)
-        basis.forget()
+    def _finish_sketches(self, bases: Iterable[LayerBasis]) -> None:
+        """Ends the streaming refreshes that the step was taken in; ranks divide the work."""
+        if self.engine.settings.refresh == "streaming":
+            tapped = [basis for basis in bases if basis.tapping]
+            for basis in tapped if self.engine.settings.source == "moment" else ():
+                basis.momenta = [self.store.momentum(layer) for layer in basis.layers]
+            divide(tapped, data_parallel_ranks())
 
     def _aim(self, basis: LayerBasis) -> None:
         """Prepares a refresh that the next step is to be taken in, if it is."""

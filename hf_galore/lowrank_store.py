@@ -4,7 +4,7 @@ An ordinary torch optimizer has all of them (`OptimizerStore`). An engine that s
 another storage of B where its parameters are not what a step writes to.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_galore.optim.moments import bias_corrections
 from hf_galore.optim.optimizer import LowRankOptimizer
+from hf_galore.shards import is_sharded, local, spread, whole
 
 if TYPE_CHECKING:
     from hf_galore.lowrank_layer import LowRankLayer
@@ -33,13 +34,24 @@ class UpdateStorage:
     """Reads and zeroes B where it is the parameter of its module, whole."""
 
     def read(self, layer: "LowRankLayer") -> Tensor:
-        """B in working precision."""
-        return layer.update.detach().to(layer.work)
+        """B in working precision, or this rank's rows of it."""
+        update: Tensor = local(layer.update.detach())
+        return update.to(layer.work)
 
     def clear(self, layer: "LowRankLayer") -> None:
         """B ← 0."""
         with torch.no_grad():
             layer.wake().zero_()
+
+    def has_gradient(self, layer: "LowRankLayer") -> bool:
+        """Whether a backward pass has left B a gradient that nobody has thrown away since.
+
+        FSDP2 puts another B into the module for a pass, without the gradients of those before; it is True there.
+        """
+        gradient = layer.update.grad
+        if layer.update is not layer.own_update:
+            return True
+        return gradient is not None and bool(gradient.any())
 
 
 class UpdateStore(Protocol):
@@ -52,13 +64,16 @@ class UpdateStore(Protocol):
         """1 − lr·weight_decay of the step just taken."""
 
     def first_moment(self, layer: "LowRankLayer") -> Tensor:
-        """The first moment; the low-rank gradient where the rule keeps none; zeros where there is neither yet."""
+        """All of the first moment; of the low-rank gradient where the rule has none; zeros before there is either."""
 
     def momentum(self, layer: "LowRankLayer") -> Momentum:
         """The first moment with the gradient that went into it last; asked for by source='moment' alone."""
 
     def change_moments(self, layer: "LowRankLayer", change: Change) -> None:
-        """Lets `change` alter the moments in place, in working precision; does nothing where there are none yet."""
+        """Lets `change` alter the moments in place, in working precision; does nothing where there are none yet.
+
+        On the right each row is changed for itself, and a rank may give it the rows that it has.
+        """
 
     def reset_moments(self, layer: "LowRankLayer") -> None:
         """Makes the moments zero, and lets their bias corrections start again."""
@@ -70,20 +85,35 @@ class UpdateStore(Protocol):
 class OptimizerStore:
     """The small parameters as a torch optimizer steps them, hf_galore's or any other."""
 
-    def __init__(self, layers: dict[Tensor, "LowRankLayer"], optimizer: torch.optim.Optimizer) -> None:
-        self.layers, self.optimizer = layers, optimizer
-        self._known = self.groups()
+    def __init__(self, layers: Mapping[Tensor, "LowRankLayer"], optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        # By its place in the optimizer, which stays when FSDP2 puts another parameter there.
+        self._places = {
+            layers[param]: (number, index)
+            for number, group in enumerate(optimizer.param_groups)
+            for index, param in enumerate(group["params"])
+            if param in layers
+        }
+
+    @property
+    def layers(self) -> dict[Tensor, "LowRankLayer"]:
+        """The layers by their B as the optimizer has it, in the optimizer's order."""
+        return {self.param(layer): layer for layer in self._places}
+
+    def param(self, layer: "LowRankLayer") -> Tensor:
+        """B as the optimizer has it."""
+        param: Tensor = self._group(layer)["params"][self._places[layer][1]]
+        return param
 
     def _group(self, layer: "LowRankLayer") -> Group:
-        return self._known[layer.update]
+        return self.optimizer.param_groups[self._places[layer][0]]
 
     def groups(self) -> dict[Tensor, Group]:
         """The group of each parameter, in the optimizer's order."""
         return {param: group for group in self.optimizer.param_groups for param in group["params"]}
 
     def stepping(self) -> list["LowRankLayer"]:
-        self._known = self.groups()  # a state dict that was loaded has replaced them
-        return [self.layers[p] for p in self._known if p in self.layers and p.grad is not None]
+        return [layer for param, layer in self.layers.items() if param.grad is not None]
 
     def decay(self, layer: "LowRankLayer") -> float:
         group = self._group(layer)
@@ -91,43 +121,46 @@ class OptimizerStore:
 
     def _rate(self, layer: "LowRankLayer", group: Group) -> float:
         if isinstance(self.optimizer, LowRankOptimizer):
-            return self.optimizer.rate(group, layer.basis.steps, layer.update)
+            return self.optimizer.rate(group, layer.basis.steps, self.param(layer))
         return float(group["lr"])
 
     def first_moment(self, layer: "LowRankLayer") -> Tensor:
-        state, gradient = self.optimizer.state.get(layer.update), layer.update.grad
-        if not state:
-            return torch.zeros_like(layer.update) if gradient is None else gradient
-        if isinstance(self.optimizer, LowRankOptimizer):
-            state = self.optimizer.read_moments(layer.update, self._group(layer))
-        moment: Tensor | None = state.get("exp_avg", gradient)
-        return torch.zeros_like(layer.update) if moment is None else moment
+        param = self.param(layer)
+        state, gradient = self.optimizer.state.get(param), param.grad
+        if state and isinstance(self.optimizer, LowRankOptimizer):
+            moment: Tensor | None = self.optimizer.read_moments(param, self._group(layer)).get("exp_avg")
+            if moment is not None:
+                return whole(spread(moment, param) if is_sharded(param) else moment)
+        found = (state or {}).get("exp_avg", gradient)
+        return whole(torch.zeros_like(param) if found is None else found)
 
     def momentum(self, layer: "LowRankLayer") -> Momentum:
-        gradient = layer.update.grad
-        low = torch.zeros_like(layer.update) if gradient is None else gradient
+        param = self.param(layer)
+        low = whole(torch.zeros_like(param) if param.grad is None else param.grad)
         return Momentum(self.first_moment(layer), low, float(self._group(layer)["betas"][0]))
 
     def change_moments(self, layer: "LowRankLayer", change: Change) -> None:
-        state, group = self.optimizer.state.get(layer.update), self._group(layer)
+        param, group = self.param(layer), self._group(layer)
+        state = self.optimizer.state.get(param)
         if not state:
             return
         bias1, bias2 = bias_corrections(group, int(state.get("step", 0)))
         if isinstance(self.optimizer, LowRankOptimizer):
-            self.optimizer.change_moments(layer.update, group, lambda moments: change(moments, bias1, bias2))
+            self.optimizer.change_moments(param, group, lambda moments: change(moments, bias1, bias2))
             return
         names = {_meaning(name): name for name, value in state.items() if _is_moment(name, value)}
-        moments = {meaning: state[name].to(layer.work) for meaning, name in names.items()}
+        moments = {meaning: local(state[name]).to(layer.work) for meaning, name in names.items()}
         change(moments, bias1, bias2)
         for meaning, name in names.items():
-            state[name].copy_(moments[meaning])
+            local(state[name]).copy_(moments[meaning])
 
     def reset_moments(self, layer: "LowRankLayer") -> None:
-        state = self.optimizer.state.get(layer.update)
+        param = self.param(layer)
+        state = self.optimizer.state.get(param)
         if not state:
             return
         if isinstance(self.optimizer, LowRankOptimizer):
-            self.optimizer.reset_moments(layer.update, self._group(layer))
+            self.optimizer.reset_moments(param, self._group(layer))
             return
         for name, value in state.items():
             if _is_moment(name, value):
@@ -136,7 +169,7 @@ class OptimizerStore:
             state["step"] = state["step"] * 0  # a number or a tensor; it counts for the bias corrections alone
 
     def keep(self, layer: "LowRankLayer", kept: dict[str, Tensor]) -> None:
-        state = self.optimizer.state[layer.update]
+        state = self.optimizer.state[self.param(layer)]
         state.pop("test_matrix", None)
         state.update(kept)
 

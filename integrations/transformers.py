@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import accelerator as hf_accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -24,13 +26,14 @@ from transformers.utils.import_utils import is_galore_torch_available as _asks_f
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_galore.frozen_weight import holds_codes
+from hf_galore.integrations import fsdp
 from hf_galore.integrations.subspace_log import SubspaceLog
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_backward import disable, enable
 from hf_galore.optim.adafactor import GaLoreAdafactor
 from hf_galore.optim.adamw import GaLoreAdamW
 from hf_galore.optim.adamw8bit import GaLoreAdamW8bit
-from hf_galore.optim.optimizer import GALORE_TORCH_STATE, STATE_DTYPES
+from hf_galore.optim.optimizer import GALORE_TORCH_STATE, STATE_DTYPES, LowRankOptimizer
 from hf_galore.param_groups import find_targets, galore_param_groups, warn_of_a_small_share
 
 OPTIMIZERS: dict[OptimizerNames, type[torch.optim.Optimizer]] = {
@@ -43,6 +46,8 @@ LAYERWISE: dict[OptimizerNames, type[torch.optim.Optimizer]] = {
     OptimizerNames.GALORE_ADAMW_8BIT_LAYERWISE: GaLoreAdamW8bit,
     OptimizerNames.GALORE_ADAFACTOR_LAYERWISE: GaLoreAdafactor,
 }
+
+_REPLICATED = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # DDP: the same gradients on all ranks
 
 # What was in transformers before `register`: (holder, name, value) for attributes, and the registry's own entries.
 _replaced: list[tuple[Any, str, Any]] = []
@@ -58,6 +63,7 @@ def register() -> None:
     registry.update(dict.fromkeys(OPTIMIZERS, _galore_optimizer))
     registry.update(dict.fromkeys(LAYERWISE, _layerwise_optimizer))
     _replace(hf_trainer, "_parse_optim_args", _parse_optim_args)
+    _replace(hf_accelerator, "fsdp2_prepare_model", fsdp.prepare_model)
     _replace(hf_trainer, "validate_quantization_for_training", _validate_quantization_for_training)
     functools.update_wrapper(_init, hf_trainer.Trainer.__init__, assigned=())  # keeps its signature
     for name, method in _METHODS.items():
@@ -104,6 +110,8 @@ def _galore_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type[tor
     """
     optimizer, kwargs, low_rank = _read(ctx, OPTIMIZERS, _GROUP_KEYS)
     model = _model(ctx)
+    if fsdp.shards_rows(ctx.args.optim):
+        fsdp.use_right(low_rank, LOW_RANK_DEFAULTS["proj_type"])
     kwargs["params"] = galore_param_groups(
         model, ctx.args.optim_target_modules, **{**LOW_RANK_DEFAULTS, **low_rank}, **_decay(ctx.args, model)
     )
@@ -120,6 +128,8 @@ def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, 
     target_modules = ctx.args.optim_target_modules
     targets = find_targets(_model(ctx), target_modules, holds_codes)  # raises for names that match nothing
     warn_of_a_small_share(_model(ctx), targets, target_modules)
+    if fsdp.shards_rows(ctx.args.optim):
+        fsdp.use_right(low_rank, "right")
     low_rank["gradient_accumulation_steps"] = ctx.args.gradient_accumulation_steps
     shared = {key: kwargs[key] for key in ("state_dtype", "stochastic_rounding", "seed") if key in kwargs}
     if low_rank.get("refresh") == "exact" and ctx.args.parallel_mode == ParallelMode.DISTRIBUTED:
@@ -144,7 +154,7 @@ def _read(
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, Any]]:
     """The optimizer class, its keyword arguments without groups, and those of `optim_args` that are in `keys`."""
     name = OptimizerNames(ctx.args.optim)
-    _refuse_shards(name.value)
+    _refuse_engine(name)
     if ctx.args.optim_target_modules is None:
         raise ValueError(
             f"optim={name.value!r} needs optim_target_modules: 'all-linear', a regular expression, part of a module "
@@ -186,6 +196,8 @@ def _create_optimizer(self: hf_trainer.Trainer, model: nn.Module | None = None) 
     else:
         disable(self.model if model is None else model)
     made = _original("create_optimizer")(self, model)
+    if isinstance(made, LowRankOptimizer) and self.accelerator.distributed_type in _REPLICATED:
+        made.replicas = dist.group.WORLD
     if optimizer is None and _asks_for_statistics(self.args):
         log = SubspaceLog(self)
         getattr(made, "lowrank_backward", made).observe = log
@@ -201,6 +213,9 @@ def _asks_for_statistics(args: TrainingArguments) -> bool:
 
 def _train(self: hf_trainer.Trainer, *args: Any, **kwargs: Any) -> Any:
     """The Trainer's method; at its end the projected backward is taken out of the model."""
+    name = OptimizerNames(self.args.optim)
+    if name in (*OPTIMIZERS, *LAYERWISE):
+        _refuse_engine(name)  # before the model is wrapped
     try:
         return _original("train")(self, *args, **kwargs)
     finally:
@@ -212,13 +227,18 @@ def _original(name: str) -> Any:
     return next(value for _, replaced, value in _replaced if replaced == name)
 
 
-def _refuse_shards(optim: str) -> None:
-    """Raises for engines whose parameters are shards at step time, before they could be trained wrongly."""
+def _refuse_engine(optim: OptimizerNames) -> None:
+    """Raises for engines under which the optimizer would train wrongly."""
     engine = AcceleratorState._shared_state.get("distributed_type")  # empty until a Trainer has made its accelerator
-    if engine in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+    if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"optim={optim!r} does not run under {engine.value} in this version of hf_galore, because that shards the "
-            "matrices; use DDP or a single process"
+            f"optim={optim.value!r} does not run under {engine.value} in this version of hf_galore, because that "
+            "shards the matrices; use FSDP2, DDP or a single process"
+        )
+    if fsdp.shards_rows(optim.value) and {**OPTIMIZERS, **LAYERWISE}[optim] is GaLoreAdafactor:
+        raise ValueError(
+            f"optim={optim.value!r} does not run under FSDP2, because its second moments are sums over all rows; use "
+            "galore_adamw or galore_adamw_8bit"
         )
 
 

@@ -19,6 +19,7 @@ from hf_galore.shards import Rows, local
 from hf_galore.sides import project_back
 from hf_galore.statistics import Observer, shared, statistics_of
 from hf_galore.subspace import align, refresh, rotate
+from hf_galore.teamwork import divide
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -93,22 +94,8 @@ def refresh_bases(owner: Owner, members: Sequence[Member]) -> float:
         batch = _Batch(owner, alike)
         by_team.setdefault(batch.team, []).append(batch)
     for team, batches in by_team.items():
-        _refresh(batches, team)
+        divide(batches, team)
     return time.perf_counter() - started if by_team else 0.0
-
-
-def _refresh(batches: Sequence["_Batch"], team: dist.ProcessGroup | None) -> None:
-    """New bases for all batches, each made by one rank: as many at a time as there are ranks, the largest first."""
-    size, me = (1, 0) if team is None else (team.size(), team.rank())
-    ordered = sorted(batches, key=lambda batch: -batch.cost)
-    for first in range(0, len(ordered), size):
-        turn = ordered[first : first + size]
-        for rank, batch in enumerate(turn):
-            batch.gather(rank, me)
-        if me < len(turn):
-            turn[me].make()
-        for rank, batch in enumerate(turn):
-            batch.hand_out(rank, me)
 
 
 def _batches(members: Sequence[Member]) -> Iterator[list[Member]]:
@@ -131,7 +118,7 @@ def _batches(members: Sequence[Member]) -> Iterator[list[Member]]:
 
 
 class _Batch:
-    """Members that are alike, on their way to new bases."""
+    """Members that are alike, on their way to new bases: a job of `divide`."""
 
     def __init__(self, owner: Owner, members: Sequence[Member]) -> None:
         self.owner, self.members, self.first = owner, members, members[0]

@@ -1,0 +1,60 @@
+"""GaLore under FSDP2: the one convention for the sides, and the small parameters of the projected backward sharded."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate import accelerator as hf_accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers.utils import logging
+
+from hf_galore.lowrank_backward import engine_of
+from hf_galore.messages import STD_IS_RIGHT, only_right
+
+logger = logging.get_logger(__name__)
+
+_prepare_model = hf_accelerator.fsdp2_prepare_model
+
+
+def shards_rows(optim: str) -> bool:
+    """Whether the Trainer's accelerator is to shard the model with FSDP2.
+
+    Raises:
+        ValueError: it is to shard it with FSDP1.
+    """
+    state = AcceleratorState._shared_state  # empty until a Trainer has made its accelerator
+    if state.get("distributed_type") != DistributedType.FSDP:
+        return False
+    if state["fsdp_plugin"].fsdp_version != 2:
+        raise ValueError(
+            f"optim={optim!r} does not run under FSDP1, whose flat shards hold no matrices; use FSDP2: "
+            "fsdp_config={'version': 2} in TrainingArguments, or fsdp_version: 2 in accelerate's configuration"
+        )
+    return True
+
+
+def use_right(low_rank: dict[str, Any], default: str) -> None:
+    """Makes the side `right`, with one line in the log where `std` was asked for.
+
+    Raises:
+        ValueError: another side was asked for.
+    """
+    asked = low_rank.get("proj_type", default)
+    if asked not in ("std", "right"):
+        raise ValueError(only_right(asked))
+    if asked == "std":
+        logger.warning_once(STD_IS_RIGHT)
+    low_rank["proj_type"] = "right"
+
+
+def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """accelerate's function of this name; it moves parameters by state dicts, which show the small ones meanwhile."""
+    engine = engine_of(model)
+    if engine is None:
+        return _prepare_model(accelerator, model)
+    engine.hides_updates = False
+    try:
+        return _prepare_model(accelerator, model)
+    finally:
+        engine.hides_updates = True
