@@ -42,7 +42,7 @@ class FrozenWeight(Protocol):
     def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
         """W ← beta·W + alpha·left (m, k) @ right (k, n), in place; rounded stochastically if there is a key.
 
-        Where the rows of W are spread over ranks, `left` has this rank's.
+        Where the rows of W are spread over ranks, `left` has this rank's; where those of a transposed W are, all.
         """
 
 
@@ -71,10 +71,11 @@ class PlainWeight:
 
     def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
         weight = self.module.get_parameter("weight").detach()
-        if self.transposed:  # rows and columns as stored: a row is what is contiguous, and what the bits go by
-            left, right = right.mT, left.mT
         rows = rows_of(weight)
         first = 0 if rows is None else rows.first
+        if self.transposed:  # rows and columns as stored: a row is what is contiguous, and what the bits go by
+            left, right = right.mT, left.mT
+            left = left if rows is None else left[first : first + rows.count]
         add_lowrank_(local(weight), left, right, alpha=alpha, beta=beta, key=key, first_row=first)
 
 

@@ -85,7 +85,7 @@ class OptimizerSteps:
             for layer in basis.layers:
                 layer.fold()
                 restore(layer, self.optimizer.state.get(self.store.param(layer), {}))
-            aim_if_lost(basis)
+            aim_if_lost(basis, self.store)
 
 
 def _check(engine: Engine, store: OptimizerStore) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -323,13 +324,33 @@ def _parse_optim_args(text: str | None) -> dict[str, str]:
 
 
 def _load_optimizer_and_scheduler(self: hf_trainer.Trainer, checkpoint: str | None) -> None:
-    """transformers' method, with an error that says what to do where galore-torch wrote the checkpoint."""
+    """transformers' method, with errors for checkpoints that it would go on from without a part of the state.
+
+    Raises:
+        ValueError: a checkpoint is not complete, or galore-torch wrote it.
+    """
+    if checkpoint is not None and OptimizerNames(self.args.optim) in (*OPTIMIZERS, *LAYERWISE):
+        _refuse_half(Path(checkpoint))
     try:
         _original("_load_optimizer_and_scheduler")(self, checkpoint)
     except pickle.UnpicklingError as error:
         if "galore_torch" not in str(error):
             raise
         raise ValueError(f"{checkpoint}: {GALORE_TORCH_STATE}") from error
+
+
+def _refuse_half(checkpoint: Path) -> None:
+    """Raises ValueError for a checkpoint that lacks what transformers writes after the weights, or last of all."""
+    if not (checkpoint / hf_trainer.TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"{checkpoint} is not complete: it has no {hf_trainer.TRAINER_STATE_NAME}, which is written last, so the "
+            "run was killed while it saved. Resume from the checkpoint before it, or delete it"
+        )
+    if not (checkpoint / hf_trainer.SCHEDULER_NAME).is_file():
+        raise ValueError(
+            f"{checkpoint} has the weights alone (save_only_model=True): a run cannot go on from it without the state "
+            "of its optimizer. Load it as the model and train without resume_from_checkpoint"
+        )
 
 
 # A model that bitsandbytes has quantized trains without adapters under the layerwise names, and only under those.

@@ -241,6 +241,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         formats = self._formats(param, group)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
+            if group.get("moments") == "reset":  # the names of a state do not change from step to step
+                state["reset_step"] = torch.zeros((), dtype=torch.float32)
             self._create_moments(param, formats)
         state["step"] += 1
         if weight.numel() == 0:  # all rows are on other ranks
