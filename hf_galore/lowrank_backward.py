@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_galore.frozen_weight import frozen_weight, holds_codes, is_quantized
+from hf_galore.frozen_weight import frozen_weight, holds_codes, is_quantized, whole_shapes
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_basis import LayerBasis
 from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings
@@ -310,17 +310,18 @@ def enable(
         share_inputs=share_inputs,
     )
     disable(model)
-    targets = find_targets(model, target_modules, holds_codes)
-    modules = swappable(model, targets)
-    _refuse_codes(model, targets, modules)
-    if not modules:
-        raise ValueError(f"target_modules={target_modules!r}: none of the {len(targets)} targets can be swapped")
-    engine = LowRankBackward(model, settings)
-    engine.add(sharing_inputs(model, modules, settings.siblings))
-    swapped = {id(module.weight) for module in modules}
-    engine.unswapped = {
-        name for name, param in model.named_parameters() if name in targets and id(param) not in swapped
-    }
+    with whole_shapes(model):
+        targets = find_targets(model, target_modules, holds_codes)
+        modules = swappable(model, targets)
+        _refuse_codes(model, targets, modules)
+        if not modules:
+            raise ValueError(f"target_modules={target_modules!r}: none of the {len(targets)} targets can be swapped")
+        engine = LowRankBackward(model, settings)
+        engine.add(sharing_inputs(model, modules, settings.siblings))
+        swapped = {id(module.weight) for module in modules}
+        engine.unswapped = {
+            name for name, param in model.named_parameters() if name in targets and id(param) not in swapped
+        }
     if engine.unswapped:
         warnings.warn(
             f"{len(engine.unswapped)} of {len(targets)} target weights keep their full gradients, because their "

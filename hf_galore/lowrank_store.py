@@ -31,7 +31,7 @@ class Momentum(NamedTuple):
 
 
 class UpdateStorage:
-    """Reads and zeroes B where it is the parameter of its module, whole."""
+    """B where it is the parameter of its module, whole."""
 
     def read(self, layer: "LowRankLayer") -> Tensor:
         """B in working precision, or this rank's rows of it."""
