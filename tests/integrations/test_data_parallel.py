@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import trainer_cases
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from trainer_cases import LAYERWISE, NAMES, Run, assert_same, llama, logged, state_of, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -44,19 +41,6 @@ def train_quantized(folder: Path) -> dict:
     return {"before": before, "after": dict(model.state_dict())}
 
 
-def refusal_of_fsdp(folder: Path) -> str:
-    """What training says under FSDP. On CPUs the Trainer would take fsdp=True for DDP, so the ranks claim GPUs."""
-    run = Run("galore_adamw", folder)
-    arguments = run.arguments(fsdp=True)
-    assert arguments.device.type == "cpu"
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = trainer_cases.Trainer(model=llama(), args=arguments, train_dataset=trainer_cases.tokens())
-    assert trainer.is_fsdp_enabled
-    with pytest.raises(ValueError, match="FSDP") as caught:
-        trainer.train()
-    return str(caught.value)
-
-
 def refusal_of_exact(folder: Path) -> str:
     """What training says that asks for bases from one process's gradients."""
     with pytest.raises(ValueError, match="exact") as caught:
@@ -72,7 +56,6 @@ def main(output: Path) -> None:
     }
     results["nf4"] = train_quantized(output)
     results["exact"] = refusal_of_exact(output)
-    results["fsdp"] = refusal_of_fsdp(output)
     torch.save(results, output / f"rank{os.environ['RANK']}.pt")
 
 
@@ -124,12 +107,6 @@ def test_ranks_agree_on_quantized_weights(ranks):
 def test_exact_refreshes_are_refused(ranks):
     for rank in ranks:
         assert "refresh='exact' takes the gradients of one process; use refresh=streaming" in rank["exact"]
-
-
-def test_fsdp_is_refused(ranks):
-    for rank in ranks:
-        assert "'galore_adamw' does not run under FSDP" in rank["fsdp"]
-        assert "use DDP, DeepSpeed or a single process" in rank["fsdp"]
 
 
 if __name__ == "__main__":

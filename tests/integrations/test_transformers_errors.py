@@ -1,6 +1,7 @@
 """What is wrong in the arguments is said in words that help, before any data is read or any weight moves."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,15 +137,18 @@ def test_a_small_share_is_a_warning_with_the_figure(method, targets, ours, tmp_p
         Run(method, tmp_path).train(model, max_steps=1, optim_target_modules=targets)
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "MEGATRON_LM"])
+@pytest.mark.parametrize(
+    ("engine", "works"),
+    [("FSDP", "FSDP1.*use FSDP2: fsdp_config="), ("MEGATRON_LM", "Megatron-LM.*FSDP2, DeepSpeed, DDP or a single")],
+)
 @pytest.mark.parametrize("method", NAMES)
-def test_engines_that_shard_matrices_are_refused(method, engine, ours, tmp_path, monkeypatch):
-    """accelerate's state says, as it would, that the engine runs. (With real FSDP: test_data_parallel.py.)"""
+def test_engines_that_shard_matrices_are_refused(method, engine, works, ours, tmp_path, monkeypatch):
+    """accelerate's state says, as it would, that the engine runs. (With real FSDP2: test_ddp_and_fsdp2.py.)"""
     trainer = Run(method, tmp_path).trainer(llama(), Untouched())
     for state in (PartialState, AcceleratorState):
         monkeypatch.setitem(state._shared_state, "distributed_type", DistributedType[engine])
-    with pytest.raises(
-        ValueError, match=rf"'{method}' does not run under {engine}.*use DDP, DeepSpeed or a single process"
-    ):
-        trainer.create_optimizer()
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", SimpleNamespace(fsdp_version=1))
+    for start in (trainer.create_optimizer, trainer.train):
+        with pytest.raises(ValueError, match=rf"'{method}' does not run under {works}"):
+            start()
     assert trainer.optimizer is None

@@ -1,10 +1,11 @@
-"""GaLore under FSDP2: real processes (gloo), the real Trainer, compared with one process that has the whole batch.
+"""GaLore under DDP and FSDP2: real processes (gloo), the real Trainer, compared with one that has the whole batch.
 
-The file is its own script: torchrun starts it on two ranks, and on three for what two have saved. On CPUs the Trainer
+The file is its own script: torchrun starts it on two ranks, and on four for what two have saved. On CPUs the Trainer
 would take fsdp=True for DDP, so the ranks claim GPUs.
 """
 
 import gc
+import itertools
 import os
 import re
 import subprocess
@@ -17,17 +18,17 @@ import pytest
 import torch
 import trainer_cases
 import transformers
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from trainer_cases import Run, assert_same, build, distance, llama, logged, optimizer_of, tokens, weights
+from trainer_cases import Run, assert_same, build, distance, llama, logged, state_of, tokens, weights
 from transformers import LlamaForCausalLM
 
 import hf_galore
 from hf_galore.lowrank_layer import UPDATE
 from hf_galore.shards import whole
 
-RANKS, BATCH, STEPS = 2, 6, 5  # T = 2: bases are refreshed in steps 1, 3 and 5
+RANKS, MORE, BATCH, STEPS = 2, 4, 12, 5  # T = 2: bases are refreshed in steps 1, 3 and 5
 METHODS = ("galore_adamw", "galore_adamw_8bit", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
 LR = 1e-3
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,13 +54,17 @@ CELLS = {
     "accumulate": Cell(changes={"gradient_accumulation_steps": 3}),
     "clip": Cell(changes={"max_grad_norm": 0.05}),
     "bf16": Cell("float32", {"bf16": True}),
-    "checkpointing": Cell(fsdp={"activation_checkpointing": True}),
+    "checkpointing": Cell(changes={"activation_checkpointing": True}),
     "gpt2": Cell(family="gpt2"),  # its weights are transposed
     "weight_decay": Cell(changes={"weight_decay": 0.1}),
+}
+OF_FSDP2 = {
+    "checkpointing of FSDP2": Cell(fsdp={"activation_checkpointing": True}),
     "loaded on one rank": Cell(fsdp={"cpu_ram_efficient_loading": True}),
     "kept whole": Cell(fsdp={"reshard_after_forward": False}),
 }
-CHECKPOINTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+ENGINES = {"ddp": CELLS, "fsdp2": CELLS | OF_FSDP2}
+CHECKPOINTS = {"ddp": ("whole",), "fsdp2": ("FULL_STATE_DICT", "SHARDED_STATE_DICT")}
 
 
 def model(cell: Cell) -> nn.Module:
@@ -81,37 +86,44 @@ def alone(method: str, cell: Cell, folder: Path, **changes: Any) -> transformers
     return Run(method, folder).train(model(cell), **arguments(method, cell, 1, **changes))
 
 
-def prepared(method: str, cell: Cell, folder: Path, **changes: Any) -> transformers.Trainer:
-    """What trains on this rank and the others."""
-    config = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **cell.fsdp, **changes.pop("fsdp", {})}
-    changes = arguments(method, cell, int(os.environ["WORLD_SIZE"]), fsdp=True, fsdp_config=config, **changes)
-    args = Run(method, folder).arguments(**changes)
+def prepared(
+    engine: str, method: str, cell: Cell, folder: Path, kind: str = CHECKPOINTS["fsdp2"][0], **changes: Any
+) -> transformers.Trainer:
+    """What trains on this rank and the others; `kind` is that of checkpoints."""
+    if engine == "fsdp2":
+        config = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": kind, **cell.fsdp}
+        changes |= {"fsdp": True, "fsdp_config": config}
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    args = Run(method, folder).arguments(**arguments(method, cell, int(os.environ["WORLD_SIZE"]), **changes))
     assert args.device.type == "cpu"
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if engine == "fsdp2":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = trainer_cases.Trainer(model=model(cell), args=args, train_dataset=tokens())
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
-def sharded(method: str, cell: Cell, folder: Path, resume: str | None = None, **changes: Any) -> transformers.Trainer:
+def together(
+    engine: str, method: str, cell: Cell, folder: Path, resume: str | None = None, **changes: Any
+) -> transformers.Trainer:
     """The run of this rank and the others."""
-    trainer = prepared(method, cell, folder, **changes)
+    trainer = prepared(engine, method, cell, folder, **changes)
     trainer.train(resume_from_checkpoint=resume)
-    assert type(trainer.model).__name__.startswith("FSDP")
+    wrapped = type(trainer.model_wrapped).__name__
+    assert wrapped == "DistributedDataParallel" if engine == "ddp" else wrapped.startswith("FSDP")
     return trainer
 
 
 def outcome(trainer: transformers.Trainer) -> dict[str, Any]:
     """The weights and states, put together from the ranks, the losses, and the bases that this rank has."""
-    state = optimizer_of(trainer).state
-    names = {p: name.replace("._checkpoint_wrapped_module", "") for name, p in trainer.model.named_parameters()}
+    named = {name.replace("._checkpoint_wrapped_module", ""): p for name, p in trainer.model.named_parameters()}
+    state = {name.replace("._checkpoint_wrapped_module", ""): kept for name, kept in state_of(trainer).items()}
     return {
-        "weights": {name: whole(param.detach()).clone() for param, name in names.items() if UPDATE not in name},
-        "state": {
-            f"{names[param]}/{key}": whole(v).clone() for param, kept in state.items() for key, v in kept.items()
-        },
+        "weights": {name: whole(param.detach()).clone() for name, param in named.items() if UPDATE not in name},
+        "state": {f"{name}/{key}": whole(v).clone() for name, kept in state.items() for key, v in kept.items()},
         "losses": logged(trainer, "loss"),
-        "bases": {f"{names[param]}": kept["basis"] for param, kept in state.items() if "basis" in kept},
+        "bases": {name: kept["basis"] for name, kept in state.items() if "basis" in kept},
     }
 
 
@@ -129,7 +141,7 @@ def refusals(folder: Path) -> dict[str, str]:
     }
     found = {}
     for name, (method, changes) in asked.items():
-        trainer = prepared(method, CELLS["train"], folder, **changes)
+        trainer = prepared("fsdp2", method, CELLS["train"], folder, **changes)
         if name.startswith("fsdp1"):  # on CPUs accelerate itself stops before that
             trainer.accelerator.state.fsdp_plugin.fsdp_version = 1
         before = weights(trainer.model)
@@ -142,31 +154,30 @@ def refusals(folder: Path) -> dict[str, str]:
 
 def on_two_ranks(output: Path) -> dict[Any, Any]:
     results: dict[Any, Any] = {}
-    for method in METHODS:
-        for name, cell in CELLS.items():
-            results[method, name] = outcome(sharded(method, cell, output))
-        for kind in CHECKPOINTS:
-            folder = output / method / kind
-            config = {"state_dict_type": kind}
-            cell = CELLS["float32"]
-            sharded(method, cell, folder, fsdp=config, save_strategy="steps", save_steps=3)
-            resumed = sharded(method, cell, folder, str(folder / "checkpoint-3"), fsdp=config)
-            results[method, kind] = outcome(resumed)
-        resumed.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        resumed.save_model(str(output / method / "saved"))
-    results["std"] = outcome(sharded(METHODS[0], CELLS["train"], output, optim_args=", moments=keep"))
+    for engine, method in itertools.product(ENGINES, METHODS):
+        for name, cell in ENGINES[engine].items():
+            results[engine, method, name] = outcome(together(engine, method, cell, output))
+        for kind in CHECKPOINTS[engine]:
+            folder, cell = output / engine / method / kind, CELLS["float32"]
+            together(engine, method, cell, folder, kind=kind, save_strategy="steps", save_steps=3)
+            resumed = together(engine, method, cell, folder, str(folder / "checkpoint-3"), kind=kind)
+            results[engine, method, kind] = outcome(resumed)
+        if engine == "fsdp2":
+            resumed.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        resumed.save_model(str(output / engine / method / "saved"))
+    results["std"] = outcome(together("fsdp2", METHODS[0], CELLS["train"], output, optim_args=", moments=keep"))
     results["refused"] = refusals(output)
     return results
 
 
-def on_three_ranks(output: Path) -> dict[Any, Any]:
+def on_four_ranks(output: Path) -> dict[Any, Any]:
     """Goes on from what two ranks have saved."""
     results: dict[Any, Any] = {}
-    for method in METHODS:
-        for kind in CHECKPOINTS:
-            checkpoint = str(output / method / kind / "checkpoint-3")
-            resumed = sharded(method, CELLS["float32"], output, checkpoint, fsdp={"state_dict_type": kind})
-            results[method, kind] = outcome(resumed)
+    for engine, method in itertools.product(ENGINES, METHODS):
+        for kind in CHECKPOINTS[engine]:
+            checkpoint = str(output / engine / method / kind / "checkpoint-3")
+            resumed = together(engine, method, CELLS["float32"], output, checkpoint, kind=kind)
+            results[engine, method, kind] = outcome(resumed)
     return results
 
 
@@ -174,7 +185,7 @@ def main(output: Path) -> None:
     gc.freeze()  # as _quick_collections of conftest.py
     hf_galore.register()
     ranks = int(os.environ["WORLD_SIZE"])
-    results = on_two_ranks(output) if ranks == RANKS else on_three_ranks(output)
+    results = on_two_ranks(output) if ranks == RANKS else on_four_ranks(output)
     torch.save(results, output / f"rank{os.environ['RANK']}of{ranks}.pt")
 
 
@@ -190,19 +201,19 @@ def launch(output: Path, ranks: int) -> list[dict[Any, Any]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("fsdp2")
+    return tmp_path_factory.mktemp("ranks")
 
 
 @pytest.fixture(scope="module")
 def two(folder):
     """What two ranks wrote."""
-    return launch(folder, 2)
+    return launch(folder, RANKS)
 
 
 @pytest.fixture(scope="module")
-def three(folder, two):
-    """What three ranks wrote that went on from where two were."""
-    return launch(folder, 3)
+def four(folder, two):
+    """What four ranks wrote that went on from where two were."""
+    return launch(folder, MORE)
 
 
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -210,81 +221,84 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
 
 
-each_method = pytest.mark.parametrize("method", METHODS)
-
 # A gradient of nothing but rounding, some eps, moves an element by lr·eps/(eps + 1e-8) in a step; elsewhere steps of
 # Adam differ by some eps. Rotating moments right after the first step divides rounding by rounding (the variance
 # v̂ − m̂² of one gradient is zero), which leaves √eps of a step.
 EPS = torch.finfo(torch.float64).eps
 BOUNDS = {"keep": 10 * STEPS * LR * EPS / 1e-8, "rotate": 100 * STEPS * LR * EPS**0.5}
-IN_FLOAT64 = [name for name, cell in CELLS.items() if cell.dtype == "float64"]
+each_method = pytest.mark.parametrize("method", METHODS)
+each_cell = pytest.mark.parametrize(
+    ("engine", "cell"), [(one, name) for one, cells in ENGINES.items() for name in cells]
+)
+each_checkpoint = pytest.mark.parametrize(
+    ("engine", "kind"), [(engine, kind) for engine, kinds in CHECKPOINTS.items() for kind in kinds]
+)
 
 
 @each_method
-@pytest.mark.parametrize("cell", IN_FLOAT64)
-def test_float64_is_a_single_process(two, method, cell, ours, tmp_path):
-    """Weights after five steps with three refreshes, and every loss (which are float32)."""
-    trainer = alone(method, CELLS[cell], tmp_path)
-    found = two[0][method, cell]
-    bound = BOUNDS["rotate" if "rotate" in CELLS[cell].optim_args else "keep"]
-    assert furthest(found["weights"], weights(trainer.model)) < bound
-    assert found["losses"] == pytest.approx(logged(trainer, "loss"), rel=1e-6)
+@each_cell
+def test_is_a_single_process(two, engine, method, cell, ours, tmp_path):
+    """In float64 weights after five steps with three refreshes, and every loss (which are float32).
 
-
-@each_method
-@pytest.mark.parametrize("cell", [name for name in CELLS if name not in IN_FLOAT64])
-def test_lower_precisions_follow_float64(two, method, cell, ours, tmp_path):
-    """As far from a single process in float64 as a single process in the same precision is, or half as far again.
-
-    The norm of all weights averages over the elements whose gradients are nothing but rounding: these move by a whole
-    step in any direction. The losses of bf16 computation come in steps of 1/64 (4.83 in bfloat16).
+    In lower precisions as far from a single process in float64 as a single process in the same precision is, or half
+    as far again: the norm of all weights averages over the elements whose gradients are nothing but rounding, which
+    move by a whole step in any direction. The losses of bf16 computation come in steps of 1/64 (4.83 in bfloat16).
     """
-    exact, usual = (alone(method, one, tmp_path) for one in (replace(CELLS[cell], dtype="float64"), CELLS[cell]))
-    found, true = two[0][method, cell], weights(exact.model)
-    assert distance(found["weights"], true) <= 1.5 * distance(weights(usual.model), true)
-    assert found["losses"] == pytest.approx(logged(usual, "loss"), abs=1 / 64 if cell == "bf16" else 1e-3)
+    setting, found = ENGINES[engine][cell], two[0][engine, method, cell]
+    usual = alone(method, setting, tmp_path)
+    if setting.dtype == "float64":
+        assert (
+            furthest(found["weights"], weights(usual.model))
+            < BOUNDS["rotate" if "rotate" in setting.optim_args else "keep"]
+        )
+        assert found["losses"] == pytest.approx(logged(usual, "loss"), rel=1e-6)
+    else:
+        true = weights(alone(method, replace(setting, dtype="float64"), tmp_path).model)
+        assert distance(found["weights"], true) <= 1.5 * distance(weights(usual.model), true)
+        assert found["losses"] == pytest.approx(logged(usual, "loss"), abs=1 / 64 if cell == "bf16" else 1e-3)
 
 
 @each_method
-@pytest.mark.parametrize("cell", CELLS)
-def test_ranks_have_the_same_bases(two, method, cell):
+@each_cell
+def test_ranks_have_the_same_bases(two, engine, method, cell):
     """Bit for bit, and so have they all that is put together from their rows."""
-    one, other = (rank[method, cell] for rank in two)
+    one, other = (rank[engine, method, cell] for rank in two)
     assert len(one["bases"]) == (8 if cell == "gpt2" else 14)
     for part in ("bases", "weights", "state"):
         assert_same(one[part], other[part])
 
 
 @each_method
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_resumes_to_the_bit(two, method, kind):
+@each_checkpoint
+def test_resumes_to_the_bit(two, engine, method, kind):
     """From step 3 of 5, which refreshed bases; as do step 5 and the states."""
-    straight, resumed = two[0][method, "float32"], two[0][method, kind]
+    straight, resumed = two[0][engine, method, "float32"], two[0][engine, method, kind]
     assert_same(resumed["weights"], straight["weights"])
     assert_same(resumed["state"], straight["state"])
     assert resumed["losses"][-2:] == straight["losses"][-2:]
 
 
 @each_method
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_resumes_on_three_ranks(two, three, method, kind):
-    """What two ranks saved; the batches of six are the same. In 8 bits, too, because no block crosses a row."""
-    straight, resumed = two[0][method, "float32"], three[0][method, kind]
+@each_checkpoint
+def test_resumes_on_four_ranks(two, four, engine, method, kind):
+    """What two ranks saved; the batches are the same. In 8 bits, too, because no block crosses a row under FSDP2."""
+    straight, resumed = two[0][engine, method, "float32"], four[0][engine, method, kind]
     start = weights(model(CELLS["float32"]))
     assert distance(resumed["weights"], straight["weights"]) <= 0.01 * distance(straight["weights"], start)
     assert resumed["losses"][-2:] == pytest.approx(straight["losses"][-2:], rel=1e-6)
-    assert_same(resumed["bases"], three[2][method, kind]["bases"])
+    assert_same(resumed["bases"], four[MORE - 1][engine, method, kind]["bases"])
 
 
 @each_method
-def test_saved_model_is_a_plain_one(two, folder, method):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_saved_model_is_a_plain_one(two, folder, engine, method):
     """Its keys and weights, without what the projected backward adds, as plain transformers loads it."""
-    found = LlamaForCausalLM.from_pretrained(folder / method / "saved", dtype=torch.float32)
-    assert_same(weights(found), two[0][method, CHECKPOINTS[-1]]["weights"])
+    found = LlamaForCausalLM.from_pretrained(folder / engine / method / "saved", dtype=torch.float32)
+    assert_same(weights(found), two[0][engine, method, CHECKPOINTS[engine][-1]]["weights"])
 
 
 def test_std_is_right_and_says_so_once(two, folder):
-    assert_same(two[0]["std"]["weights"], two[0]["galore_adamw", "train"]["weights"])
+    assert_same(two[0]["std"]["weights"], two[0]["fsdp2", "galore_adamw", "train"]["weights"])
     said = re.findall("proj_type='std' is taken as 'right'", (folder / "stderr2.txt").read_text())
     assert len(said) == RANKS  # each process once
 
