@@ -6,6 +6,7 @@ checkpoints. Ranks write what they have; the tests compare with a single process
 
 import fcntl
 import gc
+import itertools
 import os
 import re
 import shutil
@@ -64,23 +65,17 @@ CHANGES = {
     "bf16": ({"bf16": True}, {}),
 }
 NAMES = ("galore_adamw", "galore_adamw_8bit", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
+WAYS = ("train", "accumulate", "clip", "checkpointing")
 FLOAT32 = [
-    *((engine, "galore_adamw", change) for engine in ZERO for change in ("train", "accumulate", "clip")),
-    *((engine, "galore_adamw", "checkpointing") for engine in ("zero2", "zero3", "zero3_offload")),
+    *itertools.product(ZERO, ("galore_adamw", "galore_adamw_layerwise"), WAYS),
     *((engine, "galore_adamw", "schedule") for engine in ("zero2_offload", "zero3")),
-    *((engine, "galore_adamw_layerwise", "train") for engine in ("zero2_offload", "zero3")),
     *((engine, "galore_adamw_layerwise", "options") for engine in ("zero2", "zero3")),
     ("zero1", "galore_adamw", "std"),
 ]
-ROUNDED = [
-    *((engine, "galore_adamw", "bf16") for engine in ("zero1", "zero2_offload", "zero3")),
-    *((engine, "galore_adamw_8bit", "train") for engine in ("zero1", "zero2_offload", "zero3")),
-    *((engine, "galore_adamw_8bit_layerwise", "train") for engine in ("zero2", "zero3_offload")),
-]
+EIGHT_BITS = list(itertools.product(ZERO, ("galore_adamw_8bit", "galore_adamw_8bit_layerwise"), WAYS))
+BFLOAT16 = list(itertools.product(ZERO, NAMES, ["bf16"]))
 RESUMED = [
-    *((engine, "galore_adamw", "train") for engine in ZERO),
-    ("zero2", "galore_adamw_8bit", "train"),
-    ("zero3", "galore_adamw_8bit_layerwise", "train"),
+    *itertools.product(ZERO, NAMES, ["train"]),
     ("zero3", "galore_adamw_layerwise", "options"),
     ("zero1", "galore_adamw", "bf16"),
     ("zero3", "galore_adamw", "bf16"),
@@ -300,7 +295,10 @@ def main(output: Path, is_launched: bool) -> None:
     PartialState(backend="gloo")
     hf_galore.register()
     if dist.get_world_size() == RANKS:
-        results = {cell: result(trained(cell[1], output, **settings(cell[0], cell[2]))) for cell in FLOAT32 + ROUNDED}
+        results = {
+            cell: result(trained(cell[1], output, **settings(cell[0], cell[2])))
+            for cell in FLOAT32 + EIGHT_BITS + BFLOAT16
+        }
         results |= {ids(cell): save_and_resume(*cell, output / ids(cell)) for cell in RESUMED}
         results |= {case: refusal_of(*REFUSED[case][:3], output) for case in REFUSED}
         results |= {("accelerator", engine): accelerated(engine, output) for engine in ("zero2", "zero3_offload")}
@@ -448,22 +446,22 @@ def test_float32_runs_are_those_of_a_single_process(ranks, single, cell):
     assert ranks[0][cell]["losses"] == pytest.approx(losses, rel=1e-6)
 
 
-@pytest.mark.parametrize("cell", [cell for cell in ROUNDED if "8bit" in cell[1]], ids=ids)
+@pytest.mark.parametrize("cell", EIGHT_BITS, ids=ids)
 def test_8bit_runs_are_as_near_as_those_of_a_single_process(ranks, single, cell):
     """To the run in float32. Blocks lie elsewhere here and hold the small moments too: twice the distance."""
-    plain, losses = single("galore_adamw_layerwise")
-    rounded, rounded_losses = single(layerwise(cell[1]))
+    plain, losses = single("galore_adamw_layerwise", cell[2])
+    rounded, rounded_losses = single(layerwise(cell[1]), cell[2])
     found = ranks[0][cell]
     assert found["inner"] == "GaLoreAdamW8bit"
     assert 0.0 < distance(found["weights"], plain) <= 2.0 * distance(rounded, plain)
     assert error(found["losses"], losses) <= 2.0 * error(rounded_losses, losses)
 
 
-@pytest.mark.parametrize("cell", [cell for cell in ROUNDED if cell[2] == "bf16"], ids=ids)
+@pytest.mark.parametrize("cell", BFLOAT16, ids=ids)
 def test_bfloat16_runs_are_as_near_as_those_of_a_single_process(ranks, single, cell):
     """To the run in float32. A logit, below 1/2 here, is wrong by 2^-9 of itself, and a loss by twice that."""
     plain, losses = single("galore_adamw_layerwise")
-    rounded, _ = single("galore_adamw_layerwise", dtype=torch.bfloat16)
+    rounded, _ = single(layerwise(cell[1]), dtype=torch.bfloat16)
     found = ranks[0][cell]
     assert {value.dtype for value in found["weights"].values()} == {torch.bfloat16}
     assert 0.0 < distance(found["weights"], plain) <= distance(rounded, plain)
@@ -584,7 +582,7 @@ def test_one_line_of_the_log_says_what_was_chosen(folder, ranks):
     log = (folder / "log").read_text()
     assert log.count("proj_type=std runs as proj_type=right under DeepSpeed") == 1
     assert log.count("this runs as galore_adamw_8bit_layerwise") == sum(
-        cell[1] == "galore_adamw_8bit" for cell in [*FLOAT32, *ROUNDED, *RESUMED, *RESUMED]
+        cell[1] == "galore_adamw_8bit" for cell in [*FLOAT32, *EIGHT_BITS, *BFLOAT16, *RESUMED, *RESUMED]
     )
 
 
