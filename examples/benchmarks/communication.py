@@ -15,8 +15,8 @@ are given, as collectives.py counts them, `calls` their number, `sent` what a ri
 bytes are those of the rank that has most: `kept` before the step, `gradients` more when the backward pass is over (not
 for ZeRO, which takes its steps inside of it), `peak` at their highest. Logging and saving are not in it.
 
-ZeRO-3 is told to keep no parameter whole, and none from the forward to the backward pass: what it does by itself in
-models that are larger than its limits.
+ZeRO's buckets have 2²⁰ elements; the usual 5·10⁸ are more than the model. ZeRO-3 is told to keep no parameter whole,
+and none from the forward to the backward pass: what it does by itself in models that are larger than its limits.
 """
 
 import argparse
@@ -51,15 +51,12 @@ SHAPES = {  # hidden, intermediate, heads, layers, vocabulary, rank
     "tiny": (32, 64, 2, 1, 64, 8),
 }
 METHODS = ("AdamW", "LoRA", "galore_adamw", "galore_adamw_layerwise")
+BUCKETS = {"reduce_bucket_size": 2**20, "allgather_bucket_size": 2**20}
+WHOLE = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
 ZERO = {
-    "ZeRO-1": {"stage": 1},
-    "ZeRO-2": {"stage": 2},
-    "ZeRO-3": {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 0,
-        "stage3_max_live_parameters": 0,
-        "stage3_max_reuse_distance": 0,
-    },
+    "ZeRO-1": {"stage": 1, **BUCKETS},
+    "ZeRO-2": {"stage": 2, **BUCKETS},
+    "ZeRO-3": {"stage": 3, **BUCKETS, **{f"stage3_{name}": 0 for name in WHOLE}},
 }
 ENGINES = ("DDP", "FSDP2", *ZERO)
 CASE = ("shape", "ranks", "engine", "method")

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 BENCHMARKS = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from collectives import Collectives, sent  # noqa: E402
+import result_file  # noqa: E402
+import scale_model  # noqa: E402
+from collectives import KINDS, Collectives, sent  # noqa: E402
+from communication_model import ZERO  # noqa: E402
 from live_bytes import LiveBytes  # noqa: E402
 
 RANKS = 2
@@ -114,6 +117,49 @@ def test_live_bytes_follow_a_storage_that_is_resized():
         del x
         assert live.now == 0
     assert "resize_" not in vars(torch.UntypedStorage)
+
+
+def test_launch_writes_what_the_formulas_say(tmp_path, monkeypatch):
+    """DDP on two ranks, a model of 12 parameters that keeps two buffers of 32 bytes."""
+    for package in ("accelerate", "peft", "transformers"):
+        pytest.importorskip(package)
+    results, shapes = tmp_path / "rows.csv", scale_model.Shapes(32, 64, 1, 64, keys=32)
+    monkeypatch.setitem(scale_model.MEASURED, "tiny", (shapes, 8))
+    options = ["--shape=tiny", "--ranks=2", "--engines=DDP", "--methods=galore_adamw_layerwise"]
+    run(str(BENCHMARKS / "communication.py"), *options, f"--results={results}")
+    rows = result_file.read(results)
+    assert [row["step"] for row in rows] == ["normal", "before", "refresh"]
+    for row in rows:
+        expected = scale_model.predicted(row)
+        more = {"all_reduce": 12 * 4, "broadcast": 2 * 32}  # a flag for each parameter, and the buffers
+        assert {kind: int(row[kind]) for kind in KINDS} == {kind: expected[kind] + more.get(kind, 0) for kind in KINDS}
+
+
+MEASURED = result_file.read(scale_model.RESULTS)
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=["-".join(list(row.values())[1:5]) for row in MEASURED])
+def test_formulas_give_the_measured_bytes(row):
+    """To what they leave out, which does not grow with the matrices.
+
+    Of what collectives are given: flags, norms and buffers, up to a number for each of 44 parameters and 256 bytes of
+    buffers, which all_reduces send twice. Of what is kept: those buffers, steps, losses and tokens, some kilobytes.
+    """
+    expected = scale_model.predicted(row)
+    if row["engine"] not in ZERO or row["step"] != "refresh":  # measured before ranks divided refreshes there
+        for kind in KINDS:
+            assert 0 <= int(row[kind]) - expected[kind] <= 512
+    assert 0 <= int(row["sent"]) - expected["sent"] <= 1024
+    assert 0 <= int(row["kept"]) - expected["kept"] <= 4096
+    if row["engine"] not in ZERO:
+        assert 0 <= int(row["gradients"]) - expected["gradients"] <= 512
+
+
+def test_tables_are_those_of_the_page():
+    """docs/scale.md has what scale_model.py prints."""
+    page = (BENCHMARKS.parents[1] / "docs" / "scale.md").read_text()
+    for line in run(str(BENCHMARKS / "scale_model.py")).splitlines():
+        assert not line.startswith("|") or line in page
 
 
 if __name__ == "__main__":
