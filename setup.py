@@ -13,6 +13,7 @@ EXTRAS = {
     "transformers": TRANSFORMERS,
     "trl": [*TRANSFORMERS, "trl"],
     "bitsandbytes": ["bitsandbytes"],
+    "deepspeed": [*TRANSFORMERS, "deepspeed>=0.19"],
     "demo": ["transformers>=5", "accelerate", "tokenizers", "matplotlib", "datasets"],
     "lint": ["ruff", "mypy", "pre-commit"],
 }
@@ -20,6 +21,7 @@ EXTRAS["test"] = sorted(
     {
         *EXTRAS["trl"],
         *EXTRAS["bitsandbytes"],
+        *EXTRAS["deepspeed"],
         *EXTRAS["demo"],
         "expecttest",
         "galore-torch",

@@ -1,10 +1,11 @@
 """The weight that a projected layer keeps frozen: a plain tensor, stored as it is or transposed, or a quantized one.
 
-A quantized layer's class becomes trainable here by an entry in `QUANTIZED`; `hf_galore.register()` makes those of
-bitsandbytes.
+A quantized layer's class becomes trainable here by an entry in `QUANTIZED`, and parameters that an engine keeps in
+parts show their shapes by one in `WHOLE`; `hf_galore.register()` makes those of bitsandbytes and DeepSpeed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol
 
 import torch
@@ -42,7 +43,7 @@ class FrozenWeight(Protocol):
     def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
         """W ← beta·W + alpha·left (m, k) @ right (k, n), in place; rounded stochastically if there is a key.
 
-        Where the rows of W are spread over ranks, `left` has this rank's.
+        Where the rows of W are spread over ranks, `left` has this rank's; where those of a transposed W are, all.
         """
 
 
@@ -54,6 +55,7 @@ class PlainWeight:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.transposed = module, is_conv1d(module)
+        self._shape = self.stored.shape  # an engine may take the weight out of its module between uses
 
     @property
     def stored(self) -> Tensor:
@@ -62,7 +64,7 @@ class PlainWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        m, n = self.stored.shape
+        m, n = self._shape
         return m, n
 
     @property
@@ -71,11 +73,25 @@ class PlainWeight:
 
     def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
         weight = self.module.get_parameter("weight").detach()
-        if self.transposed:  # rows and columns as stored: a row is what is contiguous, and what the bits go by
-            left, right = right.mT, left.mT
         rows = rows_of(weight)
         first = 0 if rows is None else rows.first
+        if self.transposed:  # rows and columns as stored: a row is what is contiguous, and what the bits go by
+            left, right = right.mT, left.mT
+            left = left if rows is None else left[first : first + rows.count]
         add_lowrank_(local(weight), left, right, alpha=alpha, beta=beta, key=key, first_row=first)
+
+
+# What shows, inside, the parameters of a model in their whole shapes.
+WHOLE: list[Callable[[nn.Module], AbstractContextManager[None]]] = []
+
+
+@contextmanager
+def whole_shapes(model: nn.Module) -> Iterator[None]:
+    """Inside, every parameter has the shape it has when it is used."""
+    with ExitStack() as stack:
+        for shown in WHOLE:
+            stack.enter_context(shown(model))
+        yield
 
 
 # Quantized module classes → what makes a FrozenWeight of a module.

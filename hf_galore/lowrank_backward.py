@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_galore.frozen_weight import frozen_weight, holds_codes, is_quantized
+from hf_galore.frozen_weight import frozen_weight, holds_codes, is_quantized, whole_shapes
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_basis import LayerBasis
 from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings
 from hf_galore.lowrank_optimizer import OptimizerSteps
-from hf_galore.lowrank_targets import sharing_inputs, swappable
+from hf_galore.lowrank_targets import forward_name, sharing_inputs, swappable
 from hf_galore.messages import clamped_rank
 from hf_galore.optim.optimizer import warn_once
 from hf_galore.param_groups import ALL_LINEAR, find_targets, group_parameters
@@ -161,7 +161,7 @@ class LowRankBackward:
         for layer, module in self._modules():
             module.weight.requires_grad_(False)
             module.register_parameter(UPDATE, layer.own_update)
-            module.forward = _Forward(layer, module)
+            setattr(module, forward_name(module), _Forward(layer, module))
             self._hooks += [
                 module.register_state_dict_pre_hook(layer.fold_first),
                 module.register_state_dict_post_hook(partial(_hide_update, self)),
@@ -186,7 +186,10 @@ class LowRankBackward:
         object.__delattr__(self.model, _ENABLED)
         for layer, module in self._modules():
             layer.update.grad = None
-            del module.forward
+            name = forward_name(module)
+            delattr(module, name)
+            if name != "forward":
+                setattr(module, name, type(module).forward.__get__(module))
             layer.own_update = layer.update
             del module._parameters[UPDATE]
             module.weight.requires_grad_(not holds_codes(module))
@@ -307,17 +310,18 @@ def enable(
         share_inputs=share_inputs,
     )
     disable(model)
-    targets = find_targets(model, target_modules, holds_codes)
-    modules = swappable(model, targets)
-    _refuse_codes(model, targets, modules)
-    if not modules:
-        raise ValueError(f"target_modules={target_modules!r}: none of the {len(targets)} targets can be swapped")
-    engine = LowRankBackward(model, settings)
-    engine.add(sharing_inputs(model, modules, settings.siblings))
-    swapped = {id(module.weight) for module in modules}
-    engine.unswapped = {
-        name for name, param in model.named_parameters() if name in targets and id(param) not in swapped
-    }
+    with whole_shapes(model):
+        targets = find_targets(model, target_modules, holds_codes)
+        modules = swappable(model, targets)
+        _refuse_codes(model, targets, modules)
+        if not modules:
+            raise ValueError(f"target_modules={target_modules!r}: none of the {len(targets)} targets can be swapped")
+        engine = LowRankBackward(model, settings)
+        engine.add(sharing_inputs(model, modules, settings.siblings))
+        swapped = {id(module.weight) for module in modules}
+        engine.unswapped = {
+            name for name, param in model.named_parameters() if name in targets and id(param) not in swapped
+        }
     if engine.unswapped:
         warnings.warn(
             f"{len(engine.unswapped)} of {len(targets)} target weights keep their full gradients, because their "
@@ -341,8 +345,8 @@ def _refuse_codes(model: nn.Module, targets: set[str], swapped: Sequence[nn.Modu
                     "the layers of bitsandbytes trainable, or leave it out"
                 )
             raise ValueError(
-                f"target_modules: {name!r} is quantized ({kind}) and cannot be trained, because it is the output head "
-                "or its forward has been replaced (by the hooks of a model on several devices, for example)"
+                f"target_modules: {name!r} is quantized ({kind}) and cannot be trained, because it is the output "
+                "head, its forward has been replaced or its weight is offloaded"
             )
 
 

@@ -16,6 +16,7 @@ from hf_galore.ops import product_dtype
 from hf_galore.param_groups import is_conv1d
 from hf_galore.projected_linear import ProjectedLinear, TapGradient, dense
 from hf_galore.rounding import RoundingKey
+from hf_galore.shards import is_sharded, spread, whole
 from hf_galore.sides import Right, resolve_side
 
 if TYPE_CHECKING:
@@ -171,6 +172,8 @@ class LowRankLayer:
         self._add(delta, beta, self.basis.steps + 1)
 
     def _add(self, delta: Tensor, beta: float, step: int) -> None:
+        if self.transposed and is_sharded(self.update):  # its rows are the columns of what is stored by rows
+            delta = whole(spread(delta, self.update))
         left, right = self.side.factors(delta, self.basis.matrix.to(self.work))
         key = RoundingKey(self.settings.seed, step, self.index) if self.settings.stochastic_rounding else None
         self.weight.add_lowrank_(left, right, alpha=self.settings.scale, beta=beta, key=key)

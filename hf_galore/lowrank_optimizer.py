@@ -10,6 +10,15 @@ from hf_galore.lowrank_store import OptimizerStore
 from hf_galore.messages import no_average_of_gradients
 from hf_galore.optim.optimizer import LowRankOptimizer
 
+_STEPS = "_hf_galore_steps"  # the attribute of an optimizer that holds its OptimizerSteps
+
+
+def detach(optimizer: torch.optim.Optimizer) -> None:
+    """Leaves the optimizer and the small parameters to others, as before `OptimizerSteps`; or does nothing."""
+    steps: OptimizerSteps | None = getattr(optimizer, _STEPS, None)
+    if steps is not None:
+        steps.detach()
+
 
 class OptimizerSteps:
     """Makes every step of the optimizer fold and refresh, and keeps the bases in its state, by hooks on it.
@@ -39,6 +48,18 @@ class OptimizerSteps:
             optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._keep(state_dict)),
             optimizer.register_load_state_dict_post_hook(lambda _: self._restore()),
         ]
+        setattr(optimizer, _STEPS, self)
+
+    def detach(self) -> None:
+        """Undoes what it has done to the optimizer and gives every B storage of its own."""
+        delattr(self.optimizer, _STEPS)
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self.engine.layers.values():
+            layer.attached = False
+            layer.wake()
+            if isinstance(self.optimizer, LowRankOptimizer):
+                self.optimizer.write_backs.pop(layer.update, None)
 
     def _before_step(self) -> None:
         if self._first:
@@ -85,7 +106,7 @@ class OptimizerSteps:
             for layer in basis.layers:
                 layer.fold()
                 restore(layer, self.optimizer.state.get(self.store.param(layer), {}))
-            aim_if_lost(basis)
+            aim_if_lost(basis, self.store)
 
 
 def _check(engine: Engine, store: OptimizerStore) -> None:

@@ -115,14 +115,15 @@ def _turn(layer: LowRankLayer, new: Tensor, old: Tensor) -> Change:
 _BASIS = ("basis", "basis_scale")
 KEPT = (*_BASIS, "basis_steps", "test_matrix", "refresh_schedule")
 READ_BY_THE_HOST = ("basis_steps", "refresh_schedule")  # small, and never on a device
+_NO_SCHEDULE = torch.zeros(3, dtype=torch.int64)  # what stands for a lazy schedule before the first refresh
 
 
 def kept_of(layer: LowRankLayer) -> dict[str, Tensor]:
     """The layer's basis, the steps taken with it, its lazy schedule, and U if its next step is a refresh."""
     basis = layer.basis
     kept = {**basis.kept, "basis_steps": torch.tensor(float(basis.steps))}
-    if basis.lazy is not None:
-        kept["refresh_schedule"] = basis.lazy
+    if basis.settings.lazy:
+        kept["refresh_schedule"] = _NO_SCHEDULE.clone() if basis.lazy is None else basis.lazy
     if layer.test_matrix is not None:
         kept["test_matrix"] = layer.test_matrix
     return kept
@@ -144,12 +145,16 @@ def restore(layer: LowRankLayer, kept: dict[str, Any]) -> None:
     basis = layer.basis
     if "basis" in kept:
         basis.kept = {name: kept[name] for name in _BASIS if name in kept}
-        basis.steps, basis.lazy = int(kept["basis_steps"]), kept.get("refresh_schedule")
-        layer.test_matrix = kept.get("test_matrix", layer.test_matrix)
+        schedule = kept.get("refresh_schedule")
+        basis.steps, basis.lazy = (
+            int(kept["basis_steps"]),
+            None if schedule is None or not schedule.any() else schedule,
+        )
+        layer.test_matrix = kept.get("test_matrix")
         basis.tapping = basis.due()
 
 
-def aim_if_lost(basis: LayerBasis) -> None:
-    """After all layers have been restored: random U's where the state is that of a run with refresh='exact'."""
+def aim_if_lost(basis: LayerBasis, store: UpdateStore) -> None:
+    """After all layers and moments have been restored: the U's of a refresh that is next, from the moments again."""
     if basis.tapping and any(layer.test_matrix is None for layer in basis.layers):
-        basis.aim_anywhere()
+        basis.aim([store.first_moment(layer) for layer in basis.layers])

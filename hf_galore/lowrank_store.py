@@ -31,7 +31,7 @@ class Momentum(NamedTuple):
 
 
 class UpdateStorage:
-    """Reads and zeroes B where it is the parameter of its module, whole."""
+    """B where it is the parameter of its module, whole."""
 
     def read(self, layer: "LowRankLayer") -> Tensor:
         """B in working precision, or this rank's rows of it."""
@@ -87,6 +87,7 @@ class OptimizerStore:
 
     def __init__(self, layers: Mapping[Tensor, "LowRankLayer"], optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self.resets = any(layer.settings.moments == "reset" for layer in layers.values())
         # By its place in the optimizer, which stays when FSDP2 puts another parameter there.
         self._places = {
             layers[param]: (number, index)
@@ -169,9 +170,15 @@ class OptimizerStore:
             state["step"] = state["step"] * 0  # a number or a tensor; it counts for the bias corrections alone
 
     def keep(self, layer: "LowRankLayer", kept: dict[str, Tensor]) -> None:
+        """The names do not change from step to step: torch.distributed.checkpoint asks for those of a first step.
+
+        So U is not kept where it can be made from the first moment again.
+        """
         state = self.optimizer.state[self.param(layer)]
         state.pop("test_matrix", None)
-        state.update(kept)
+        state.update({name: value for name, value in kept.items() if name != "test_matrix" or "exp_avg" not in state})
+        if self.resets and isinstance(self.optimizer, LowRankOptimizer):
+            state.setdefault("reset_step", torch.zeros(()))
 
 
 def _is_moment(name: str, value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Which modules the projected backward swaps, and which of them share a basis."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -28,8 +29,22 @@ def _plain_modules(model: nn.Module) -> Iterator[nn.Module]:
     heads = set(head.modules()) if head is not None else set()
     for module in model.modules():
         plain = _plain_forward(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
-        if plain and "forward" not in vars(module) and module not in heads:
+        if plain and _is_own(module) and module not in heads:
             yield module
+
+
+def forward_name(module: nn.Module) -> str:
+    """The attribute that holds what a module computes: another one where accelerate's device hooks call it."""
+    return "_old_forward" if "_hf_hook" in vars(module) and "_old_forward" in vars(module) else "forward"
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether the module computes what its class says, with weights that stay on their device."""
+    if forward_name(module) == "forward":
+        return "forward" not in vars(module)
+    hooks: Any = vars(module)["_hf_hook"]
+    offloads = any(getattr(hook, "offload", False) for hook in getattr(hooks, "hooks", [hooks]))
+    return getattr(vars(module)["_old_forward"], "__func__", None) is type(module).forward and not offloads
 
 
 def _plain_forward(module: nn.Module) -> bool:

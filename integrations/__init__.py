@@ -5,17 +5,21 @@ from importlib import import_module
 
 from transformers.utils.import_utils import is_bitsandbytes_available
 
+from hf_galore.integrations import deepspeed as _deepspeed
 from hf_galore.integrations import transformers as _transformers
 
 _BITSANDBYTES = "hf_galore.integrations.bitsandbytes"
 
 
 def register() -> None:
-    """Makes transformers' Trainer use hf_galore, and quantized layers of bitsandbytes trainable if it is installed.
+    """Makes transformers' Trainer and accelerate's DeepSpeed use hf_galore.
+
+    Quantized layers of bitsandbytes become trainable if it is installed.
 
     Idempotent; `unregister` undoes it exactly.
     """
     _transformers.register()
+    _deepspeed.register()
     if is_bitsandbytes_available():
         import_module(_BITSANDBYTES).register()
 
@@ -23,6 +27,7 @@ def register() -> None:
 def unregister() -> None:
     """Restores everything as it was before `register`. Does nothing if it is not registered."""
     _transformers.unregister()
+    _deepspeed.unregister()
     if _BITSANDBYTES in sys.modules:
         sys.modules[_BITSANDBYTES].unregister()
 

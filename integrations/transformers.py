@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import accelerator as hf_accelerator
+from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -25,8 +27,9 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.import_utils import is_galore_torch_available as _asks_for_galore_torch
 from transformers.utils.quantization_config import QuantizationMethod
 
-from hf_galore.frozen_weight import holds_codes
+from hf_galore.frozen_weight import holds_codes, whole_shapes
 from hf_galore.integrations import fsdp
+from hf_galore.integrations.deepspeed import check_settings, check_targets, refuse_own_optimizer
 from hf_galore.integrations.subspace_log import SubspaceLog
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_backward import disable, enable
@@ -35,6 +38,8 @@ from hf_galore.optim.adamw import GaLoreAdamW
 from hf_galore.optim.adamw8bit import GaLoreAdamW8bit
 from hf_galore.optim.optimizer import GALORE_TORCH_STATE, STATE_DTYPES, LowRankOptimizer
 from hf_galore.param_groups import find_targets, galore_param_groups, warn_of_a_small_share
+
+logger = get_logger(__name__)
 
 OPTIMIZERS: dict[OptimizerNames, type[torch.optim.Optimizer]] = {
     OptimizerNames.GALORE_ADAMW: GaLoreAdamW,
@@ -103,11 +108,17 @@ def _swap_guard(old: Callable[[], bool], new: Callable[[], bool]) -> None:
 def _galore_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The optimizer class and its keyword arguments, groups included, for a Trainer with a GaLore name in `optim`.
 
+    Under DeepSpeed it is what `_layerwise_optimizer` gives.
+
     Raises:
         ValueError: no or unknown target modules, an unknown or malformed key in `optim_args`, or an engine that shards
             parameters.
         TypeError: `optim_target_modules` is neither a string nor a list.
     """
+    if _engine() == DistributedType.DEEPSPEED:
+        name = OptimizerNames(ctx.args.optim).value
+        logger.warning(f"optim={name!r}: DeepSpeed shards matrices into flat vectors; this runs as {name}_layerwise")
+        return _layerwise_optimizer(ctx)
     optimizer, kwargs, low_rank = _read(ctx, OPTIMIZERS, _GROUP_KEYS)
     model = _model(ctx)
     if fsdp.shards_rows(ctx.args.optim):
@@ -124,10 +135,13 @@ def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, 
     Raises:
         ValueError, TypeError: as `_galore_optimizer`.
     """
-    optimizer_class, kwargs, low_rank = _read(ctx, LAYERWISE, {**_GROUP_KEYS, **_LAYERWISE_KEYS})
+    optimizer_class, kwargs, low_rank = _read(ctx, OPTIMIZERS | LAYERWISE, {**_GROUP_KEYS, **_LAYERWISE_KEYS})
     target_modules = ctx.args.optim_target_modules
-    targets = find_targets(_model(ctx), target_modules, holds_codes)  # raises for names that match nothing
-    warn_of_a_small_share(_model(ctx), targets, target_modules)
+    with whole_shapes(_model(ctx)):
+        targets = find_targets(_model(ctx), target_modules, holds_codes)  # raises for names that match nothing
+        warn_of_a_small_share(_model(ctx), targets, target_modules)
+    if _engine() == DistributedType.DEEPSPEED:
+        _suit_deepspeed(ctx, optimizer_class, low_rank)
     if fsdp.shards_rows(ctx.args.optim):
         fsdp.use_right(low_rank, "right")
     low_rank["gradient_accumulation_steps"] = ctx.args.gradient_accumulation_steps
@@ -137,6 +151,8 @@ def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, 
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         engine = enable(model, target_modules, **low_rank, **shared)
+        if _engine() == DistributedType.DEEPSPEED:
+            check_targets(engine)
         engine.gradients_complete = lambda: bool(GradientState().sync_gradients)
         groups = engine.param_groups(model, **_decay(ctx.args, model))
         optimizer: Any = optimizer_class(groups, **kwargs)
@@ -145,6 +161,22 @@ def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, 
         return optimizer
 
     return lambda: make, {}
+
+
+def _suit_deepspeed(
+    ctx: trainer_optimizer.OptimizerContext, optimizer: type[torch.optim.Optimizer], low_rank: dict[str, Any]
+) -> None:
+    """Changes the options into those that run under DeepSpeed and give the same; raises ValueError for the others."""
+    if not issubclass(optimizer, GaLoreAdamW):
+        raise ValueError(
+            f"optim={OptimizerNames(ctx.args.optim).value!r} does not run under DeepSpeed, which shards the matrices "
+            "whose moments it factors; what does: galore_adamw and galore_adamw_8bit, also with _layerwise"
+        )
+    if low_rank.get("proj_type") == "std":
+        logger.warning("optim_args: proj_type=std runs as proj_type=right under DeepSpeed")
+        low_rank["proj_type"] = "right"
+    check_settings(low_rank)
+    low_rank.setdefault("fold_every", low_rank.get("update_proj_gap", LOW_RANK_DEFAULTS["update_proj_gap"]))
 
 
 def _read(
@@ -216,24 +248,32 @@ def _train(self: hf_trainer.Trainer, *args: Any, **kwargs: Any) -> Any:
     name = OptimizerNames(self.args.optim)
     if name in (*OPTIMIZERS, *LAYERWISE):
         _refuse_engine(name)  # before the model is wrapped
+    ended = False
     try:
-        return _original("train")(self, *args, **kwargs)
+        result = _original("train")(self, *args, **kwargs)
+        ended = True
     finally:
-        if self.model is not None:  # a hyper-parameter search leaves none
+        # A hyper-parameter search leaves no model. Under DeepSpeed a fold waits for ranks that may be gone.
+        if self.model is not None and (ended or _engine() != DistributedType.DEEPSPEED):
             disable(self.model)
+    return result
 
 
 def _original(name: str) -> Any:
     return next(value for _, replaced, value in _replaced if replaced == name)
 
 
+def _engine() -> DistributedType | None:
+    """The engine of the Trainer's accelerator; None before one has been made."""
+    return AcceleratorState._shared_state.get("distributed_type")
+
+
 def _refuse_engine(optim: OptimizerNames) -> None:
     """Raises for engines under which the optimizer would train wrongly."""
-    engine = AcceleratorState._shared_state.get("distributed_type")  # empty until a Trainer has made its accelerator
-    if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if _engine() == DistributedType.MEGATRON_LM:
         raise ValueError(
-            f"optim={optim.value!r} does not run under {engine.value} in this version of hf_galore, because that "
-            "shards the matrices; use FSDP2, DDP or a single process"
+            f"optim={optim.value!r} does not run under Megatron-LM, which spreads matrices over ranks in its own way; "
+            "use FSDP2, DeepSpeed, DDP or a single process"
         )
     if fsdp.shards_rows(optim.value) and {**OPTIMIZERS, **LAYERWISE}[optim] is GaLoreAdafactor:
         raise ValueError(
@@ -323,13 +363,33 @@ def _parse_optim_args(text: str | None) -> dict[str, str]:
 
 
 def _load_optimizer_and_scheduler(self: hf_trainer.Trainer, checkpoint: str | None) -> None:
-    """transformers' method, with an error that says what to do where galore-torch wrote the checkpoint."""
+    """transformers' method, with errors for checkpoints that it would go on from without a part of the state.
+
+    Raises:
+        ValueError: a checkpoint is not complete, or galore-torch wrote it.
+    """
+    if checkpoint is not None and OptimizerNames(self.args.optim) in (*OPTIMIZERS, *LAYERWISE):
+        _refuse_half(Path(checkpoint))
     try:
         _original("_load_optimizer_and_scheduler")(self, checkpoint)
     except pickle.UnpicklingError as error:
         if "galore_torch" not in str(error):
             raise
         raise ValueError(f"{checkpoint}: {GALORE_TORCH_STATE}") from error
+
+
+def _refuse_half(checkpoint: Path) -> None:
+    """Raises ValueError for a checkpoint that lacks what transformers writes after the weights, or last of all."""
+    if not (checkpoint / hf_trainer.TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"{checkpoint} is not complete: it has no {hf_trainer.TRAINER_STATE_NAME}, which is written last, so the "
+            "run was killed while it saved. Resume from the checkpoint before it, or delete it"
+        )
+    if not (checkpoint / hf_trainer.SCHEDULER_NAME).is_file():
+        raise ValueError(
+            f"{checkpoint} has the weights alone (save_only_model=True): a run cannot go on from it without the state "
+            "of its optimizer. Load it as the model and train without resume_from_checkpoint"
+        )
 
 
 # A model that bitsandbytes has quantized trains without adapters under the layerwise names, and only under those.
@@ -346,6 +406,8 @@ def _init(
         _original("__init__")(self, model, args, *rest, **kw)
     finally:
         _trains_codes.reset(token)
+    if self.is_deepspeed_enabled and OptimizerNames(self.args.optim) in (*OPTIMIZERS, *LAYERWISE):
+        refuse_own_optimizer(self.args.optim, self.accelerator.state.deepspeed_plugin.deepspeed_config)
 
 
 def _validate_quantization_for_training(model: nn.Module) -> None:

@@ -43,6 +43,11 @@ class LowRankMatrix:
         return self.param.dim() > 2 and is_sharded(self.param)
 
     @property
+    def _keeps_seeds(self) -> bool:
+        """Where rows are spread over ranks the names of a state must not change when random bases begin."""
+        return not is_sharded(self.param) or (self.group["subspace"] == "random" and not self.spread)
+
+    @property
     def low_rank_shape(self) -> torch.Size:
         """Of R, and of Adam's moments."""
         *batch, rows, cols = self.param.shape
@@ -70,7 +75,7 @@ class LowRankMatrix:
         """Puts a basis into the state; given a seed, one that `random` makes of it, only that. As it will be read."""
         for name in (*_BASIS, "basis_seed"):
             state.pop(name, None)
-        if seed is not None and self.group["basis_dtype"] is None and not self.spread:
+        if seed is not None and self.group["basis_dtype"] is None and self._keeps_seeds:
             state["basis_seed"] = torch.tensor(seed)
             return basis
         kept = self._format.encode(basis)

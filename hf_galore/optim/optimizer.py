@@ -238,9 +238,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         work = working_dtype(param)
         done = int(state.get("step", 0))
         key = RoundingKey(group["seed"], done, number) if group["stochastic_rounding"] else None
-        formats = self._formats(param, group)
+        formats = self.formats_of(param, group)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
+            if group.get("moments") == "reset":  # the names of a state do not change from step to step
+                state["reset_step"] = torch.zeros((), dtype=torch.float32)
             self._create_moments(param, formats)
         state["step"] += 1
         if weight.numel() == 0:  # all rows are on other ranks
@@ -306,7 +308,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 part.update(kept.rows(state, name, rows, width))
             yield param.view(height, width)[rows], grad.view(height, width)[rows], part, start
 
-    def _formats(self, param: Tensor, group: Group) -> Formats:
+    def formats_of(self, param: Tensor, group: Group) -> Formats:
         """Shape and format of each moment of a parameter, wherever its rows are."""
         is_projected = group.get("rank") is not None
         shape = LowRankMatrix(param, group).low_rank_shape if is_projected else param.shape
@@ -329,17 +331,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
         moments = self.read_moments(param, group)
         change(moments)
         here = {name: local(value) for name, value in self.state[param].items()}
-        for name, (_, kept) in self._formats(param, group).items():
+        for name, (_, kept) in self.formats_of(param, group).items():
             kept.write(here, name, moments[name], None)
 
     def read_moments(self, param: Tensor, group: Group) -> dict[str, Tensor]:
         """The moments of a parameter in working precision; this rank's rows of them."""
         here = {name: local(value) for name, value in self.state[param].items()}
-        return {name: kept.read(here, name) for name, (_, kept) in self._formats(param, group).items()}
+        return {name: kept.read(here, name) for name, (_, kept) in self.formats_of(param, group).items()}
 
     def reset_moments(self, param: Tensor, group: Group) -> None:
         """Makes the moments of a parameter zero, and lets their bias corrections start again."""
-        self._create_moments(param, self._formats(param, group))
+        self._create_moments(param, self.formats_of(param, group))
         self.state[param]["reset_step"] = self.state[param]["step"].clone()
 
     def warn(self, message: str) -> None:

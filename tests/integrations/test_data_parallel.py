@@ -129,7 +129,7 @@ def test_exact_refreshes_are_refused(ranks):
 def test_fsdp_is_refused(ranks):
     for rank in ranks:
         assert "'galore_adamw' does not run under FSDP" in rank["fsdp"]
-        assert "use DDP or a single process" in rank["fsdp"]
+        assert "use DDP, DeepSpeed or a single process" in rank["fsdp"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""One unchanged script under every launcher and every configuration of examples/accelerate: real processes (gloo)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("launched.py")
+CONFIGS = {path.stem: path for path in sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))}
+OPTIMS = ("galore_adamw", "galore_adamw_8bit", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
+ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"} | {name: "DEEPSPEED" for name in CONFIGS if name.startswith("zero")}
+OPTIONS = [
+    "--optims",
+    *OPTIMS,
+    "--optim_target_modules=all-linear",
+    "--optim_args=rank=8, update_proj_gap=2, scale=1.0, proj_type=right, moments=keep",
+    "--learning_rate=1e-3",
+    "--lr_scheduler_type=constant",
+    "--max_grad_norm=1.0",
+    "--max_steps=4",
+    "--logging_steps=1",
+    "--save_strategy=no",
+    "--report_to=none",
+    "--train_sampling_strategy=sequential",
+    "--use_cpu",
+]
+RUN = ["-m", "hf_galore", "run"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def launch(command: list[Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """What the script found, started by the command."""
+    result = folder / "result.json"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), env.get("PYTHONPATH", "")])
+    options = [*OPTIONS, f"--output_dir={folder}", f"--result={result}"]
+    process = subprocess.run([*map(str, command), *options], env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-6000:]
+    return json.loads(result.read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return launch([sys.executable, *RUN, SCRIPT], tmp_path_factory.mktemp("alone"))
+
+
+def assert_like(found: dict[str, dict[str, Any]], alone: dict[str, dict[str, Any]], ranks: int = 2) -> None:
+    """Losses and gradient norms of a single process, in float32.
+
+    Losses of 4.8 and the rounding of steps of 1e-3: 1e-5. The 8-bit states of an engine may have other blocks.
+    """
+    assert found.keys() == alone.keys()
+    for optim, one in found.items():
+        assert one["ranks"] == ranks
+        assert one["losses"] == pytest.approx(alone[optim]["losses"], rel=1e-4 if "8bit" in optim else 1e-5), optim
+
+
+def test_alone_it_trains(alone):
+    for one in alone.values():
+        assert one["ranks"] == 1
+        assert len(set(one["losses"])) == 4
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_accelerate_launch(config, alone, tmp_path):
+    """Both ranks, the engine of the configuration, and the training of a single process."""
+    command = [*LAUNCH, "--config_file", CONFIGS[config], "--mixed_precision=no", *RUN, SCRIPT]
+    found = launch(command, tmp_path)
+    assert {one["engine"] for one in found.values()} == {ENGINES[config]}
+    assert_like(found, alone)
+    if config in ("ddp", "fsdp2"):  # the projected backward clips the norm of the low-rank gradients, as one process
+        for optim, one in found.items():
+            assert one["norms"] == pytest.approx(alone[optim]["norms"], rel=1e-3 if "8bit" in optim else 1e-4), optim
+
+
+def test_torchrun(alone, tmp_path):
+    assert_like(launch([*TORCHRUN, *RUN, SCRIPT], tmp_path), alone)
+
+
+def test_a_script_that_registers_itself(alone, tmp_path):
+    """Plain `accelerate launch train.py`."""
+    script = tmp_path / "train.py"
+    script.write_text(f"import hf_galore\nhf_galore.register()\n{SCRIPT.read_text()}")
+    assert_like(launch([*LAUNCH, "--config_file", CONFIGS["ddp"], "--mixed_precision=no", script], tmp_path), alone)
