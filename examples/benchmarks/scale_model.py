@@ -29,6 +29,8 @@ def predicted(row: dict[str, str]) -> dict[str, float]:
     """S by kind, `sent`, `kept` and `gradients` of a row of communication.csv, by the formulas."""
     shapes, rank = MEASURED[row["shape"]]
     method, engine, ranks = row["method"], row["engine"], int(row["ranks"])
+    if engine in model.ZERO and method == "galore_adamw":
+        method = "galore_adamw_layerwise"  # what it runs as
     found = model.traffic(shapes, method, rank, engine)[row["step"]]
     size = model.sizes(shapes, method, rank, engine)
     parts = model.memory(size, engine, ranks, Precision())
