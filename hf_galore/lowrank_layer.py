@@ -197,6 +197,11 @@ class LowRankLayer:
         if self.attached and self.settings.fold_every == 1 and data_parallel_ranks() is None:
             self.update.data = self.update.new_zeros(()).expand(self.update.shape)
 
+    def leave_original(self) -> None:
+        """Gives up the storage of the B that an engine has put another one in the place of."""
+        if self.update is not self.own_update:
+            self.own_update.data = self.own_update.new_zeros(()).expand(self.own_update.shape)
+
     def wake(self) -> nn.Parameter:
         """B with storage of its own, for a step to write to."""
         if not self.update.is_contiguous():

@@ -55,6 +55,9 @@ def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         return _prepare_model(accelerator, model)
     engine.hides_updates = False
     try:
-        return _prepare_model(accelerator, model)
+        prepared = _prepare_model(accelerator, model)
     finally:
         engine.hides_updates = True
+    for layer in engine.layers.values():
+        layer.leave_original()
+    return prepared
