@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers.utils import logging
 
+from hf_galore.frozen_weight import holds_codes
 from hf_galore.lowrank_backward import engine_of
 from hf_galore.messages import STD_IS_RIGHT, only_right
 
@@ -46,6 +47,16 @@ def use_right(low_rank: dict[str, Any], default: str) -> None:
     if asked == "std":
         logger.warning_once(STD_IS_RIGHT)
     low_rank["proj_type"] = "right"
+
+
+def refuse_codes(model: nn.Module) -> None:
+    """Raises ValueError for a model with quantized weights: FSDP2 does not shard codes together with their scales."""
+    name = next((name for name, module in model.named_modules() if holds_codes(module)), None)
+    if name is not None:
+        raise ValueError(
+            f"target_modules: {name!r} is quantized, and FSDP2 does not shard codes with their scales; train such "
+            "weights in a single process or under DDP, or load the model in bfloat16"
+        )
 
 
 def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:

@@ -144,6 +144,7 @@ def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, 
         _suit_deepspeed(ctx, optimizer_class, low_rank)
     if fsdp.shards_rows(ctx.args.optim):
         fsdp.use_right(low_rank, "right")
+        fsdp.refuse_codes(_model(ctx))
     low_rank["gradient_accumulation_steps"] = ctx.args.gradient_accumulation_steps
     shared = {key: kwargs[key] for key in ("state_dtype", "stochastic_rounding", "seed") if key in kwargs}
     if low_rank.get("refresh") == "exact" and ctx.args.parallel_mode == ParallelMode.DISTRIBUTED:

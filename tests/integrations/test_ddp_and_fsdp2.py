@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import trainer_cases
@@ -136,6 +137,7 @@ def refusals(folder: Path) -> dict[str, str]:
         "exact": ("galore_adamw_layerwise", {"optim_args": ", refresh=exact"}),
         "adafactor": ("galore_adafactor", {}),
         "adafactor, layerwise": ("galore_adafactor_layerwise", {}),
+        "codes": ("galore_adamw_layerwise", {}),
         "fsdp1": ("galore_adamw", {}),
         "fsdp1, layerwise": ("galore_adamw_layerwise", {}),
     }
@@ -144,8 +146,10 @@ def refusals(folder: Path) -> dict[str, str]:
         trainer = prepared("fsdp2", method, CELLS["train"], folder, **changes)
         if name.startswith("fsdp1"):  # on CPUs accelerate itself stops before that
             trainer.accelerator.state.fsdp_plugin.fsdp_version = 1
+        if name == "codes":
+            trainer.model.lm_head = bitsandbytes.nn.LinearNF4(32, 128).to("cpu")  # quantized as it moves
         before = weights(trainer.model)
-        with pytest.raises(ValueError, match=r"galore|proj_type|refresh") as caught:
+        with pytest.raises(ValueError, match=r"galore|proj_type|refresh|target_modules") as caught:
             trainer.train()
         assert_same(weights(trainer.model), before)
         found[name] = str(caught.value)
@@ -308,6 +312,7 @@ def test_what_fsdp_cannot_have_is_refused(two):
     for name in ("left", "full", "left, layerwise"):
         assert re.search("proj_type='(left|full)' does not go with.*use 'right'", refused[name])
     assert "use refresh=streaming" in refused["exact"]
+    assert "'lm_head' is quantized" in refused["codes"]
     for name in ("adafactor", "adafactor, layerwise"):
         assert "does not run under FSDP2" in refused[name]
         assert "use galore_adamw or galore_adamw_8bit" in refused[name]

@@ -448,13 +448,16 @@ def test_float32_runs_are_those_of_a_single_process(ranks, single, cell):
 
 @pytest.mark.parametrize("cell", EIGHT_BITS, ids=ids)
 def test_8bit_runs_are_as_near_as_those_of_a_single_process(ranks, single, cell):
-    """To the run in float32. Blocks lie elsewhere here and hold the small moments too: twice the distance."""
+    """To the run in float32. Blocks lie elsewhere here and hold the small moments too: twice the distance.
+
+    Codes are wrong by about a hundredth of a step: the losses by less than that of what the steps change in them.
+    """
     plain, losses = single("galore_adamw_layerwise", cell[2])
-    rounded, rounded_losses = single(layerwise(cell[1]), cell[2])
+    rounded, _ = single(layerwise(cell[1]), cell[2])
     found = ranks[0][cell]
     assert found["inner"] == "GaLoreAdamW8bit"
     assert 0.0 < distance(found["weights"], plain) <= 2.0 * distance(rounded, plain)
-    assert error(found["losses"], losses) <= 2.0 * error(rounded_losses, losses)
+    assert error(found["losses"], losses) <= 0.01 * (max(losses) - min(losses))
 
 
 @pytest.mark.parametrize("cell", BFLOAT16, ids=ids)
