@@ -23,7 +23,7 @@ from hf_galore.lowrank_layer import UPDATE
 from hf_galore.shards import whole
 
 STEPS, SAVE, KILLED = 6, 2, 5  # T = 2; checkpoints 2, 4 and 6
-CASES = [("galore_adamw", "ddp"), ("galore_adamw_layerwise", "ddp"), ("galore_adamw_8bit_layerwise", "fsdp2")]
+CASES = [("galore_adamw", "ddp"), ("galore_adamw_8bit_layerwise", "fsdp2"), ("galore_adamw_layerwise", "zero2")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -44,7 +44,7 @@ def killed_while_saving(trainer: transformers.Trainer, output: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("method")
-    parser.add_argument("engine", choices=["ddp", "fsdp2"])
+    parser.add_argument("engine", choices=["ddp", "fsdp2", "zero2"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill", choices=["step", "save"])
     parser.add_argument("--resume", help="a checkpoint, or `last`")
@@ -53,6 +53,11 @@ def main() -> None:
     changes: dict[str, Any] = {"save_strategy": "steps", "save_steps": SAVE, "max_steps": STEPS}
     if options.engine == "fsdp2":
         changes |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+    if options.engine == "zero2":
+        PartialState(backend="gloo")
+        sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size"), "auto")
+        changes["deepspeed"] = {**sizes, "zero_optimization": {"stage": 2}}
+        changes["accelerator_config"] = {"use_configured_state": True}
     args = Run(options.method, options.folder).arguments(**changes)
     if options.engine == "fsdp2":
         assert args.device.type == "cpu"
@@ -69,7 +74,10 @@ def main() -> None:
 
 def run(*arguments: Any) -> subprocess.CompletedProcess:
     command = [*TORCHRUN, __file__, *map(str, arguments)]
-    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if "zero2" in arguments:
+        env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 def finished(method: str, engine: str, folder: Path, *options: Any) -> dict[str, torch.Tensor]:
