@@ -207,13 +207,16 @@ class LayerBasis:
     def hand_out(self, rank: int, me: int) -> None:
         team = data_parallel_ranks()
         if team is not None:
-            basis = torch.empty_like(self.matrix, dtype=self.work) if self._made is None else self._made.contiguous()
-            dist.broadcast(basis, rank, group=team)
-            self._made = basis
+            assert self.sketch is not None
+            device = self.sketch.device  # where the layer computes, which offloaded states do not
+            if self._made is None:
+                self._made = torch.empty_like(self.matrix, dtype=self.work, device=device)
+            self._made = self._made.contiguous()
+            dist.broadcast(self._made, rank, group=team)
             if self.engine.observe is not None:
-                self._found = shared(self._found, team, rank)
+                self._found = shared(self._found, team, rank, device)
         if self._made is not None:
-            self.candidate = self._format.encode(self._made)
+            self.candidate = self._format.encode(self._made.to(self.kept["basis"].device))
         self.sketch = self.momenta = self._made = None
 
     def _add_momenta(self, momenta: Sequence[Momentum]) -> None:
@@ -223,10 +226,10 @@ class LayerBasis:
         ranks since: the factor between the two is that between QᵀZ and RᵀU.
         """
         assert self.sketch is not None
-        basis = self.matrix.to(self.work)
-        after = torch.cat([self._tall(momentum.after) for momentum in momenta])
-        low = torch.cat([self._tall(momentum.low) for momentum in momenta])
-        test = torch.cat([part for layer in self.layers if (part := layer.test_matrix) is not None]).to(self.work)
+        basis = self.matrix.to(self.sketch)
+        after = torch.cat([self._tall(momentum.after) for momentum in momenta]).to(self.sketch)
+        low = torch.cat([self._tall(momentum.low) for momentum in momenta]).to(self.sketch)
+        test = torch.cat([part for layer in self.layers if (part := layer.test_matrix) is not None]).to(self.sketch)
         beta = momenta[0].beta
         seen, meant = basis.mT @ self.sketch, low.mT @ test
         factor = (seen * meant).sum() / seen.square().sum().clamp_(min=torch.finfo(self.work).tiny)

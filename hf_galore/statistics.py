@@ -46,9 +46,11 @@ def statistics_of(
     )
 
 
-def shared(found: SubspaceStatistics | None, team: dist.ProcessGroup, rank: int) -> SubspaceStatistics:
-    """What this rank of a team has found, on every rank of it; a collective."""
-    numbers = torch.zeros(len(fields(SubspaceStatistics)), dtype=torch.float64)
+def shared(
+    found: SubspaceStatistics | None, team: dist.ProcessGroup, rank: int, device: torch.device
+) -> SubspaceStatistics:
+    """What this rank of a team has found, on every rank of it; a collective, on tensors of the device."""
+    numbers = torch.zeros(len(fields(SubspaceStatistics)), dtype=torch.float64, device=device)
     if found is not None:
         numbers[:] = torch.tensor(astuple(found))
     dist.broadcast(numbers, dist.get_global_rank(team, rank), group=team)

@@ -199,7 +199,7 @@ class _Batch:
             assert whole is not None
             found = statistics_of(whole, member.matrix.side, basis, before, member.done, self.seconds)
         if team is not None:
-            found = shared(found, team, rank)
+            found = shared(found, team, rank, grad.device)
         assert found is not None
         assert self.owner.observe is not None
         self.owner.observe(member.param, found)
