@@ -27,7 +27,7 @@ def shards_rows(optim: str) -> bool:
     state = AcceleratorState._shared_state  # empty until a Trainer has made its accelerator
     if state.get("distributed_type") != DistributedType.FSDP:
         return False
-    if state["fsdp_plugin"].fsdp_version != 2:
+    if getattr(state.get("fsdp_plugin"), "fsdp_version", 1) != 2:
         raise ValueError(
             f"optim={optim!r} does not run under FSDP1, whose flat shards hold no matrices; use FSDP2: "
             "fsdp_config={'version': 2} in TrainingArguments, or fsdp_version: 2 in accelerate's configuration"

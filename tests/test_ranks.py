@@ -4,8 +4,6 @@ The file is its own script: torchrun starts it on two ranks (gloo), the tests co
 """
 
 import itertools
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torchrun import results_of
 
 from hf_galore import GaLoreAdamW, galore_param_groups
 from hf_galore.lowrank_backward import enable
@@ -163,13 +162,7 @@ def main(output: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What the ranks wrote."""
-    output = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    process = subprocess.run(
-        [*torchrun, __file__, str(output)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return [torch.load(output / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return results_of(__file__, tmp_path_factory.mktemp("ranks"), RANKS)
 
 
 @pytest.mark.parametrize(("engine", "case"), list(itertools.product(ENGINES, [*DDP, *FSDP])))

@@ -7,15 +7,16 @@ import json
 import os
 from dataclasses import dataclass, field
 
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from trainer_cases import llama, logged, tokens
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from trainer_cases import logged, tokens
+from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
 
 
 @dataclass
 class ScriptArguments:
     optims: list[str] = field(default_factory=list)
+    model: str = ""
     result: str = "result.json"
     batch: int = 4
 
@@ -23,13 +24,15 @@ class ScriptArguments:
 def main() -> None:
     script, args = HfArgumentParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses()
     ranks = args.world_size
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     args.per_device_train_batch_size = script.batch // ranks
     found = {}
     for optim in script.optims:
+        AcceleratorState._reset_state()  # the engine's plugin cannot be given to a second one
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         args.optim = optim
-        trainer = Trainer(model=llama(attention_bias=False), args=args, train_dataset=tokens())
+        model = AutoModelForCausalLM.from_pretrained(script.model, attn_implementation="eager")
+        trainer = Trainer(model=model, args=args, train_dataset=tokens())
         trainer.train()
         found[optim] = {
             "losses": logged(trainer, "loss"),

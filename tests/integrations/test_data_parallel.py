@@ -5,12 +5,12 @@ The file is its own script: torchrun starts it twice, each rank writes what it h
 
 import gc
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torchrun import results_of
 from trainer_cases import LAYERWISE, NAMES, Run, assert_same, llama, logged, state_of, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -64,12 +64,7 @@ def ranks(tmp_path_factory):
     """What the two ranks wrote."""
     output = tmp_path_factory.mktemp("ranks")
     llama(hidden_size=64, intermediate_size=128).save_pretrained(output / "llama")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    process = subprocess.run(
-        [*torchrun, __file__, str(output)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return [torch.load(output / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return results_of(__file__, output, RANKS)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -8,7 +8,6 @@ import gc
 import itertools
 import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torchrun import results_of
 from trainer_cases import Run, assert_same, build, distance, llama, logged, state_of, tokens, weights
 from transformers import LlamaForCausalLM
 
@@ -190,17 +190,7 @@ def main(output: Path) -> None:
     hf_galore.register()
     ranks = int(os.environ["WORLD_SIZE"])
     results = on_two_ranks(output) if ranks == RANKS else on_four_ranks(output)
-    torch.save(results, output / f"rank{os.environ['RANK']}of{ranks}.pt")
-
-
-def launch(output: Path, ranks: int) -> list[dict[Any, Any]]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    process = subprocess.run(
-        [*torchrun, __file__, str(output)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr[-6000:]
-    (output / f"stderr{ranks}.txt").write_text(process.stderr)
-    return [torch.load(output / f"rank{rank}of{ranks}.pt", weights_only=True) for rank in range(ranks)]
+    torch.save(results, output / f"rank{os.environ['RANK']}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -211,13 +201,19 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     """What two ranks wrote."""
-    return launch(folder, RANKS)
+    return results_of(__file__, folder, RANKS)
 
 
 @pytest.fixture(scope="module")
-def four(folder, two):
+def said(folder, two):
+    """What two ranks said, before four say more."""
+    return (folder / "stderr.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def four(folder, said):
     """What four ranks wrote that went on from where two were."""
-    return launch(folder, MORE)
+    return results_of(__file__, folder, MORE)
 
 
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -301,10 +297,9 @@ def test_saved_model_is_a_plain_one(two, folder, engine, method):
     assert_same(weights(found), two[0][engine, method, CHECKPOINTS[engine][-1]]["weights"])
 
 
-def test_std_is_right_and_says_so_once(two, folder):
+def test_std_is_right_and_says_so_once(two, said):
     assert_same(two[0]["std"]["weights"], two[0]["fsdp2", "galore_adamw", "train"]["weights"])
-    said = re.findall("proj_type='std' is taken as 'right'", (folder / "stderr2.txt").read_text())
-    assert len(said) == RANKS  # each process once
+    assert len(re.findall("proj_type='std' is taken as 'right'", said)) == RANKS  # each process once
 
 
 def test_what_fsdp_cannot_have_is_refused(two):

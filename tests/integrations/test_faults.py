@@ -7,7 +7,6 @@ import argparse
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torchrun import torchrun
 from trainer_cases import Run, assert_same, llama, tokens
 
 import hf_galore
@@ -24,7 +24,6 @@ from hf_galore.shards import whole
 
 STEPS, SAVE, KILLED = 6, 2, 5  # T = 2; checkpoints 2, 4 and 6
 CASES = [("galore_adamw", "ddp"), ("galore_adamw_8bit_layerwise", "fsdp2"), ("galore_adamw_layerwise", "zero2")]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 class Killer(transformers.TrainerCallback):
@@ -72,12 +71,9 @@ def main() -> None:
         torch.save(found, options.folder / "weights.pt")
 
 
-def run(*arguments: Any) -> subprocess.CompletedProcess:
-    command = [*TORCHRUN, __file__, *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if "zero2" in arguments:
-        env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
-    return subprocess.run(command, env=env, capture_output=True, text=True)
+def run(method: str, engine: str, *arguments: Any) -> subprocess.CompletedProcess:
+    variables = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"} if engine == "zero2" else {}
+    return torchrun(__file__, method, engine, *arguments, ranks=2, **variables)
 
 
 def finished(method: str, engine: str, folder: Path, *options: Any) -> dict[str, torch.Tensor]:

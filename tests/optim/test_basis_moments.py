@@ -186,7 +186,7 @@ def test_reset_is_a_fresh_start(cls, side):
     param, optimizer = one_matrix(cls, side, torch.float32, moments="reset")
     for number in range(GAP):
         step(param, optimizer, number)
-    assert "reset_step" not in optimizer.state[param]
+    assert int(optimizer.state[param]["reset_step"]) == 0
     for refresh in (GAP, 2 * GAP):
         other, fresh = one_matrix(cls, side, torch.float32, moments="reset")
         with torch.no_grad():
@@ -198,6 +198,7 @@ def test_reset_is_a_fresh_start(cls, side):
             state = dict(optimizer.state[param])
             assert (int(state.pop("reset_step")), int(state.pop("step"))) == (refresh, number + 1)
             theirs = dict(fresh.state[other])
+            assert int(theirs.pop("reset_step")) == 0
             assert int(theirs.pop("step")) == number + 1 - refresh
             assert_same(state, theirs)
 

@@ -5,8 +5,6 @@ single process. Three ranks do not divide the sizes: rows are shared out unevenl
 """
 
 import itertools
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
+from torchrun import results_of
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, shards
 from hf_galore.statistics import SubspaceStatistics
@@ -139,13 +138,7 @@ def main(output: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What the ranks wrote."""
-    output = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    process = subprocess.run(
-        [*torchrun, __file__, str(output)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return [torch.load(output / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return results_of(__file__, tmp_path_factory.mktemp("ranks"), RANKS)
 
 
 @pytest.mark.parametrize(("row", "dtype"), CELLS)
