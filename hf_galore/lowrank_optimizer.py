@@ -38,9 +38,7 @@ class OptimizerSteps:
             layer.attached = True
             layer.fold()
             layer.rest()
-        at_once = False
-        if isinstance(optimizer, LowRankOptimizer) and engine.settings.fold_every == 1:
-            at_once = True
+        at_once = isinstance(optimizer, LowRankOptimizer) and engine.settings.fold_every == 1
         self.steps = Steps(engine, self.store, at_once)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),

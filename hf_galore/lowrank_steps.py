@@ -145,11 +145,8 @@ def restore(layer: LowRankLayer, kept: dict[str, Any]) -> None:
     basis = layer.basis
     if "basis" in kept:
         basis.kept = {name: kept[name] for name in _BASIS if name in kept}
-        schedule = kept.get("refresh_schedule")
-        basis.steps, basis.lazy = (
-            int(kept["basis_steps"]),
-            None if schedule is None or not schedule.any() else schedule,
-        )
+        basis.steps, schedule = int(kept["basis_steps"]), kept.get("refresh_schedule")
+        basis.lazy = schedule if schedule is not None and schedule.any() else None
         layer.test_matrix = kept.get("test_matrix")
         basis.tapping = basis.due()
 

@@ -48,9 +48,9 @@ class UpdateStorage:
 
         FSDP2 puts another B into the module for a pass, without the gradients of those before; it is True there.
         """
-        gradient = layer.update.grad
         if layer.update is not layer.own_update:
             return True
+        gradient = layer.update.grad
         return gradient is not None and bool(gradient.any())
 
 

@@ -255,7 +255,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         lr = self.rate(group, done + 1, param)
         beta = 1.0 - lr * group["weight_decay"]
         step = _Step(group, formats, done + 1 - int(state.get("reset_step", 0)), lr, number, key)
-        here = {name: local(value) for name, value in state.items()}
+        here = self._here(param)
         if member is not None or param in self.write_backs:
             delta = torch.zeros(grad.shape, dtype=work, device=param.device)
             self._update(delta, grad, here, step, first_row_of(delta))
@@ -326,17 +326,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
             kept.create(made, name, here, param.device)
         self.state[param].update(made if rows is None else {name: spread(made[name], param) for name in made})
 
+    def _here(self, param: Tensor) -> State:
+        """The state of a parameter, with this rank's rows of what is spread over ranks."""
+        return {name: local(value) for name, value in self.state[param].items()}
+
     def change_moments(self, param: Tensor, group: Group, change: Callable[[dict[str, Tensor]], None]) -> None:
         """Lets `change` alter the moments of a parameter in place, in working precision, whatever they are kept in."""
         moments = self.read_moments(param, group)
         change(moments)
-        here = {name: local(value) for name, value in self.state[param].items()}
+        here = self._here(param)
         for name, (_, kept) in self.formats_of(param, group).items():
             kept.write(here, name, moments[name], None)
 
     def read_moments(self, param: Tensor, group: Group) -> dict[str, Tensor]:
         """The moments of a parameter in working precision; this rank's rows of them."""
-        here = {name: local(value) for name, value in self.state[param].items()}
+        here = self._here(param)
         return {name: kept.read(here, name) for name, (_, kept) in self.formats_of(param, group).items()}
 
     def reset_moments(self, param: Tensor, group: Group) -> None:
