@@ -15,12 +15,16 @@ _HOME_OF = {
     "GaLoreAdamW8bit": "hf_galore.optim.adamw8bit",
     "galore_param_groups": "hf_galore.param_groups",
     "register": "hf_galore.integrations",
+    "replace_linear": "hf_galore.nn.convert",
+    "restore_linear": "hf_galore.nn.convert",
     "unregister": "hf_galore.integrations",
 }
 
 if TYPE_CHECKING:
     from hf_galore.integrations import register as register
     from hf_galore.integrations import unregister as unregister
+    from hf_galore.nn.convert import replace_linear as replace_linear
+    from hf_galore.nn.convert import restore_linear as restore_linear
     from hf_galore.optim.adafactor import GaLoreAdafactor as GaLoreAdafactor
     from hf_galore.optim.adamw import GaLoreAdamW as GaLoreAdamW
     from hf_galore.optim.adamw8bit import GaLoreAdamW8bit as GaLoreAdamW8bit

@@ -17,22 +17,13 @@ from hf_galore.param_groups import is_conv1d
 from hf_galore.projected_linear import ProjectedLinear, TapGradient, dense
 from hf_galore.rounding import RoundingKey
 from hf_galore.shards import is_sharded, spread, whole
+from hf_galore.siblings import SIBLINGS
 from hf_galore.sides import Right, resolve_side
 
 if TYPE_CHECKING:
     from hf_galore.lowrank_basis import LayerBasis
 
 UPDATE = "lowrank_update"  # the name of B among its module's parameters; never in a state dict
-
-# Sibling modules that are given the same input in the models of transformers.
-SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("wi_0", "wi_1"),
-    ("w1", "w3"),
-)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hf_galore.frozen_weight import frozen_weight, is_quantized
 from hf_galore.param_groups import is_conv1d
+from hf_galore.siblings import siblings_among
 
 
 def swappable(model: nn.Module, targets: set[str]) -> list[nn.Module]:
@@ -63,13 +64,10 @@ def sharing_inputs(
     """
     chosen = set(modules)
     group_of: dict[nn.Module, list[nn.Module]] = {}
-    for parent in model.modules():
-        children = dict(parent.named_children())
-        for names in siblings:
-            group = [children[name] for name in names if children.get(name) in chosen]
-            alike = {(frozen_weight(one).shape[1], frozen_weight(one).dtype) for one in group}
-            if len(group) > 1 and len(alike) == 1:
-                group_of.update(dict.fromkeys(group, group))
+    for group in siblings_among(model, chosen, siblings):
+        alike = {(frozen_weight(one).shape[1], frozen_weight(one).dtype) for one in group}
+        if len(alike) == 1:
+            group_of.update(dict.fromkeys(group, group))
     groups, seen = [], set()
     for module in modules:
         if module not in seen:

@@ -1,0 +1,133 @@
+"""Puts BitLinear into a model in place of its linear layers, and takes it out again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_galore.checks import check_choice
+from hf_galore.nn.bitlinear import BitLinear
+from hf_galore.nn.functional import dequantize
+from hf_galore.nn.shared_activations import SharedActivations
+from hf_galore.param_groups import ALL_LINEAR, find_targets, is_conv1d
+from hf_galore.siblings import siblings_among
+
+SUB_NORM = ("o_proj", "down_proj")  # the layers that BitNet b1.58 2B4T puts a norm before
+RESTORED = ("master", "dequantized")
+
+
+def replace_linear(
+    model: nn.Module,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    *,
+    quantize_activations: bool = True,
+    use_rms_norm: bool = False,
+    use_sub_norm: bool = False,
+    rms_norm_eps: float = 1e-6,
+) -> nn.Module:
+    """Makes BitLinear of the target layers, in place, and returns the model; `restore_linear` undoes it.
+
+    Modules stay what they are but for their class: names, hooks and state-dict keys do not change. Weights become
+    float32 parameters.
+
+    Args:
+        target_modules: as in `galore_param_groups`.
+        quantize_activations: False trains ternary weights with the activations as they are.
+        use_rms_norm: an RMSNorm of its own, `rms_norm`, before every target.
+        use_sub_norm: the same before targets named o_proj and down_proj alone (SubLN).
+        rms_norm_eps: of these norms.
+
+    Raises:
+        ValueError: nothing matches, a target is no plain nn.Linear (Conv1D, fused experts, quantized), or both kinds
+            of norm are asked for.
+        TypeError: `target_modules` is neither a string nor a list of strings.
+    """
+    if use_rms_norm and use_sub_norm:
+        raise ValueError("use_rms_norm puts a norm before every layer, use_sub_norm before some: choose one")
+    names = find_targets(model, target_modules)
+    modules = dict(model.named_modules())
+    paths = sorted(name.removesuffix(".weight") for name in names)
+    for path in paths:
+        check_convertible(path, modules.get(path))
+    for path in paths:
+        norm = use_rms_norm or (use_sub_norm and path.rpartition(".")[2] in SUB_NORM)
+        to_bitlinear(
+            modules[path], quantize_activations=quantize_activations, use_rms_norm=norm, rms_norm_eps=rms_norm_eps
+        )
+    share_activations(model)
+    return model
+
+
+def check_convertible(path: str, module: nn.Module | None) -> None:
+    """Raises ValueError for a module that cannot become a BitLinear."""
+    if type(module) is nn.Linear and module.weight.is_floating_point():
+        return
+    if module is None:
+        raise ValueError(
+            f"target_modules: {path!r} holds the experts of a mixture in one tensor, which BitLinear does not make "
+            "ternary. Name the other layers, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']"
+        )
+    kind = type(module).__name__
+    if isinstance(module, BitLinear):
+        raise ValueError(f"target_modules: {path!r} is a BitLinear already")
+    hint = "; its weight is transposed" if is_conv1d(module) else ""
+    raise ValueError(f"target_modules: {path!r} is a {kind}{hint}; BitLinear replaces floating-point nn.Linear")
+
+
+def to_bitlinear(module: nn.Module, cls: type[BitLinear] = BitLinear, **options: Any) -> BitLinear:
+    """The nn.Linear as a BitLinear (or a subclass): the same object, with another class."""
+    module.__class__ = cls
+    assert isinstance(module, cls)
+    module.start(**options)
+    return module
+
+
+def to_linear(module: BitLinear, weights: str = "master") -> nn.Linear:
+    """The BitLinear as an nn.Linear: the same object, in the dtype of before; `weights` as in `restore_linear`."""
+    if weights == "dequantized":
+        weight = dequantize(module.ternary(), module.original_dtype)
+    else:
+        weight = module.plain_weight().detach()
+    trains = module.weight.requires_grad
+    module.stop()
+    linear: nn.Linear = module
+    linear.__class__ = nn.Linear
+    if weight.data_ptr() != linear.weight.data_ptr():
+        linear.weight = nn.Parameter(weight, trains)
+    return linear
+
+
+def restore_linear(model: nn.Module, weights: str = "master") -> nn.Module:
+    """Makes nn.Linear of every BitLinear, in place, in the dtypes of before, and returns the model.
+
+    Args:
+        weights: `master`, those that were trained; or `dequantized`, what these are rounded to.
+
+    Raises:
+        ValueError: `weights` is neither, or a layer has an RMSNorm of its own, which nn.Linear has not.
+    """
+    check_choice("weights", weights, RESTORED)
+    layers = bitlinears(model)
+    for path, layer in layers.items():
+        if layer.rms_norm is not None:
+            raise ValueError(
+                f"{path!r} has an RMSNorm of its own (use_rms_norm, use_sub_norm) and cannot be nn.Linear"
+            )
+    for layer in layers.values():
+        to_linear(layer, weights)
+    return model
+
+
+def bitlinears(model: nn.Module) -> dict[str, BitLinear]:
+    """The BitLinear modules by their paths."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, BitLinear)}
+
+
+def share_activations(model: nn.Module) -> None:
+    """Makes layers that are given the same input quantize it once: q/k/v, gate/up, and those of other names."""
+    layers = {layer for layer in bitlinears(model).values() if layer.rms_norm is None and layer.quantize_activations}
+    for group in siblings_among(model, layers):
+        shared = SharedActivations(len(group))
+        for layer in group:
+            assert isinstance(layer, BitLinear)
+            layer.shared = shared
