@@ -1,7 +1,8 @@
 """The weight that a projected layer keeps frozen: a plain tensor, stored as it is or transposed, or a quantized one.
 
-A quantized layer's class becomes trainable here by an entry in `QUANTIZED`, and parameters that an engine keeps in
-parts show their shapes by one in `WHOLE`; `hf_galore.register()` makes those of bitsandbytes and DeepSpeed.
+A quantized layer's class becomes trainable here by an entry in `QUANTIZED`, one that rounds a plain weight and its
+input by one in `ROUNDING`, and parameters that an engine keeps in parts show their shapes by one in `WHOLE`.
+`hf_galore.register()` makes those of bitsandbytes and DeepSpeed, importing BitLinear its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,6 +41,10 @@ class FrozenWeight(Protocol):
     def compute_dtype(self) -> torch.dtype | None:
         """What the module computes in, whatever its input's dtype; None: in that of its input."""
 
+    @property
+    def round_input(self) -> Callable[[Tensor, torch.dtype], Tensor] | None:
+        """What the module multiplies with W, in this dtype, for its input; None: the input itself."""
+
     def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
         """W ← beta·W + alpha·left (m, k) @ right (k, n), in place; rounded stochastically if there is a key.
 
@@ -50,17 +55,23 @@ class FrozenWeight(Protocol):
 class PlainWeight:
     """A floating-point weight, (m, n), or (n, m) where the module stores it transposed (Conv1D)."""
 
-    decode = None
+    decode: Callable[[Tensor], Tensor] | None = None
     compute_dtype = None
+    round_input: Callable[[Tensor, torch.dtype], Tensor] | None = None
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.transposed = module, is_conv1d(module)
-        self._shape = self.stored.shape  # an engine may take the weight out of its module between uses
+        self._shape = self.master.shape  # an engine may take the weight out of its module between uses
+
+    @property
+    def master(self) -> Tensor:
+        """W (m, n), as a view where it is stored transposed."""
+        weight = self.module.get_parameter("weight").detach()
+        return weight.mT if self.transposed else weight
 
     @property
     def stored(self) -> Tensor:
-        weight = self.module.get_parameter("weight").detach()
-        return weight.mT if self.transposed else weight
+        return self.master
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,7 +80,7 @@ class PlainWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.stored.dtype
+        return self.master.dtype
 
     def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
         weight = self.module.get_parameter("weight").detach()
@@ -97,6 +108,14 @@ def whole_shapes(model: nn.Module) -> Iterator[None]:
 # Quantized module classes → what makes a FrozenWeight of a module.
 QUANTIZED: dict[type[nn.Module], Callable[[nn.Module], FrozenWeight]] = {}
 
+# Classes of layers that round their weight and their input → what makes a FrozenWeight of one; also of subclasses.
+ROUNDING: dict[type[nn.Module], Callable[[nn.Module], FrozenWeight]] = {}
+
+
+def rounding(module: nn.Module) -> Callable[[nn.Module], FrozenWeight] | None:
+    """The entry of the module's class in `ROUNDING`."""
+    return next((ROUNDING[cls] for cls in type(module).__mro__ if cls in ROUNDING), None)
+
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether the module is a quantized layer that we can train."""
@@ -112,4 +131,6 @@ def holds_codes(module: nn.Module) -> bool:
 
 def frozen_weight(module: nn.Module) -> FrozenWeight:
     """The weight of a linear layer."""
-    return QUANTIZED[type(module)](module) if is_quantized(module) else PlainWeight(module)
+    if is_quantized(module):
+        return QUANTIZED[type(module)](module)
+    return (rounding(module) or PlainWeight)(module)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_galore.frozen_weight import frozen_weight, holds_codes, is_quantized, whole_shapes
+from hf_galore.frozen_weight import frozen_weight, holds_codes, is_quantized, rounding, whole_shapes
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_basis import LayerBasis
 from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings
@@ -162,6 +162,8 @@ class LowRankBackward:
             module.weight.requires_grad_(False)
             module.register_parameter(UPDATE, layer.own_update)
             setattr(module, forward_name(module), _Forward(layer, module))
+            if rounding(module):
+                _say_what_it_stands_for(module, layer.with_pending)
             self._hooks += [
                 module.register_state_dict_pre_hook(layer.fold_first),
                 module.register_state_dict_post_hook(partial(_hide_update, self)),
@@ -190,6 +192,8 @@ class LowRankBackward:
             delattr(module, name)
             if name != "forward":
                 setattr(module, name, type(module).forward.__get__(module))
+            if rounding(module):
+                _say_what_it_stands_for(module, None)
             layer.own_update = layer.update
             del module._parameters[UPDATE]
             module.weight.requires_grad_(not holds_codes(module))
@@ -218,7 +222,15 @@ class _Forward:
         self.layer, self.module = layer, module
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if not getattr(self.module, "quantized", True):  # a BitLinear that is nn.Linear for now
+            y: Tensor = type(self.module).forward(self.module, *args, **kwargs)
+            return y
         return self.layer.forward(self.module, *args, *kwargs.values())
+
+
+def _say_what_it_stands_for(module: Any, effective: Callable[[Tensor], Tensor] | None) -> None:
+    """A layer that rounds its weight rounds it with what is pending."""
+    module.effective = effective
 
 
 def _hide_update(engine: LowRankBackward, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

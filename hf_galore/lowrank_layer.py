@@ -104,6 +104,13 @@ class LowRankLayer:
         self.test_matrix: Tensor | None  # U, its rows of the basis's orthonormal test matrix; None if no sketch is due
         self._listen()
 
+    def with_pending(self, weight: Tensor) -> Tensor:
+        """decay·W + scale·back(B), for W in floating point (m, n); W itself where nothing is pending."""
+        if not self.pending:
+            return weight
+        left, right = self.side.factors(self.update.detach().to(weight.dtype), self.basis.matrix.to(weight.dtype))
+        return torch.addmm(weight, left, right, beta=self.decay, alpha=self.settings.scale)
+
     def _listen(self) -> None:
         self.own_update.register_post_accumulate_grad_hook(lambda _: self.basis.gradient_added(self))
 
@@ -127,23 +134,25 @@ class LowRankLayer:
         """What stands in for the module's forward."""
         if self.basis.tapping and module.training and not torch.compiler.is_compiling():
             self.uses += torch._C._current_graph_task_id() == -1  # what a backward pass computes again is no new use
-        given = x
         bias: Any = module.bias
-        device = x.device.type
+        device, dtype = x.device.type, x.dtype
         back = None  # the dtype of y, where that is not the one it is computed in
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
         elif self.weight.compute_dtype is not None:
-            x, back = x.to(self.weight.compute_dtype), x.dtype
-        bias = None if bias is None else bias.to(x.dtype)
+            dtype, back = self.weight.compute_dtype, dtype
+        given, round_input = x, self.weight.round_input
+        x = x.to(dtype) if round_input is None else round_input(x, dtype)
+        bias = None if bias is None else bias.to(dtype)
         weight, decode = self.weight.stored, self.weight.decode
-        if not (torch.is_grad_enabled() or self.pending):
-            y = nn.functional.linear(x, dense(weight, decode, x.dtype), bias)
+        pending = self.pending and round_input is None  # what is rounded is rounded with B in it
+        if not (torch.is_grad_enabled() or pending):
+            y = nn.functional.linear(x, dense(weight, decode, dtype), bias)
             return y if back is None else y.to(back)
         product = product_dtype(x.dtype, x.device) if device == "cpu" else x.dtype
         basis = self.basis.matrix.to(device=x.device, dtype=product)
         kept = self.basis.project(given, x, basis) if self.right else x.detach()
-        numbers = (self.right, self.decay, self.settings.scale, self.pending)
+        numbers = (self.right, self.decay, self.settings.scale, pending)
         y = ProjectedLinear.apply(x, weight, decode, bias, self.update, kept, basis, *numbers)
         if self.basis.tapping and y.requires_grad:
             y = TapGradient.apply(y, x.detach(), self._receive)

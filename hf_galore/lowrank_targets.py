@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from hf_galore.frozen_weight import frozen_weight, is_quantized
+from hf_galore.frozen_weight import frozen_weight, is_quantized, rounding
 from hf_galore.param_groups import is_conv1d
 from hf_galore.siblings import siblings_among
 
@@ -52,7 +52,8 @@ def _plain_forward(module: nn.Module) -> bool:
     if is_conv1d(module):
         base = next(cls for cls in reversed(type(module).__mro__) if cls.__name__ == "Conv1D")
         return type(module).forward is vars(base)["forward"]
-    return type(module).forward is nn.Linear.forward or is_quantized(module)
+    is_plain = type(module).forward is nn.Linear.forward
+    return is_plain or is_quantized(module) or rounding(module) is not None
 
 
 def sharing_inputs(
@@ -65,8 +66,9 @@ def sharing_inputs(
     chosen = set(modules)
     group_of: dict[nn.Module, list[nn.Module]] = {}
     for group in siblings_among(model, chosen, siblings):
-        alike = {(frozen_weight(one).shape[1], frozen_weight(one).dtype) for one in group}
-        if len(alike) == 1:
+        weights = [frozen_weight(one) for one in group]
+        alike = {(weight.shape[1], weight.dtype) for weight in weights}
+        if len(alike) == 1 and not any(getattr(one, "rms_norm", None) for one in group):  # whose inputs then differ
             group_of.update(dict.fromkeys(group, group))
     groups, seen = [], set()
     for module in modules:

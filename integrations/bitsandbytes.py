@@ -58,6 +58,8 @@ class Weight4bit:
         ValueError: the module is not quantized yet.
     """
 
+    round_input = None
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         if getattr(module.weight, "quant_state", None) is None:
@@ -171,6 +173,7 @@ class Weight8bit:
 
     dtype = torch.float32
     compute_dtype = None
+    round_input = None
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

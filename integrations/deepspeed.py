@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
 
-from hf_galore.frozen_weight import WHOLE
+from hf_galore.frozen_weight import WHOLE, holds_codes
 from hf_galore.lowrank_backward import LowRankBackward, engine_of
 from hf_galore.lowrank_optimizer import detach
 from hf_galore.optim.adamw import GaLoreAdamW
@@ -119,7 +119,7 @@ def check_targets(engine: LowRankBackward) -> None:
     """Raises ValueError for targets whose full gradients would be projected by the optimizer, and for codes."""
     if engine.unswapped:
         _refuse("target_modules", min(engine.unswapped), "modules that do what nn.Linear does, and no more")
-    if any(layer.weight.decode is not None for layer in engine.layers.values()):
+    if any(holds_codes(layer.module) for layer in engine.layers.values()):
         _refuse("target_modules", "quantized", "weights in floating point")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, galore_param_groups
+from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, galore_param_groups, replace_linear
 from hf_galore.lowrank_backward import enable
 
 RANK, GAP = 4, 7
@@ -134,6 +134,8 @@ CASES = {
     "tied": Case(Tied, regression),
     "gpt-neox": Case(neox, language),
     "gpt2": Case(gpt2, language, flipped=True),
+    "ternary": Case(lambda: replace_linear(Stack()), regression),
+    "ternary, normed": Case(lambda: replace_linear(Stack(), use_rms_norm=True), regression),
 }
 STACK = CASES["linear"]
 HEADS = Case(Heads, regression)  # with layers that may share a basis

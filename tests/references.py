@@ -169,3 +169,24 @@ def qgalore_refreshes(gap: int, early: int, similar: list[bool], first: int = 0)
             gap, in_a_row = gap * 2, 0
         following += gap
     return steps
+
+
+def absmean_ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """BitNet b1.58, arXiv 2402.17764, equations 1-3: codes in {-1, 0, 1} and their scale."""
+    scale = weight.abs().mean().clamp(min=1e-5)
+    return (weight / scale).round().clamp(-1, 1), scale
+
+
+def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """BitNet b1.58: codes in [-128, 127] and what they were multiplied by, per token."""
+    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    return (x * scale).round().clamp(-128, 127), scale
+
+
+def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, w_part: float = 1.0, x_part: float = 1.0) -> Tensor:
+    """BitLinear with straight-through gradients, as x + (Q(x) - x).detach(); the parts are the lambdas of a warm-up."""
+    codes, scale = absmean_ternary(weight)
+    tokens, multiplier = absmax_int8(x)
+    weight = weight + w_part * (codes * scale - weight).detach()
+    x = x + x_part * (tokens / multiplier - x).detach()
+    return torch.nn.functional.linear(x, weight, bias)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hf_galore.frozen_weight import ROUNDING
 from hf_galore.nn.functional import StraightThrough, Ternary, absmax_int8, absmean_ternary
 from hf_galore.nn.shared_activations import SharedActivations
+from hf_galore.nn.ternary_weight import TernaryWeight
 
 
 class BitLinear(nn.Linear):
@@ -36,6 +38,7 @@ class BitLinear(nn.Linear):
         weight_lambda, activation_lambda: how far they are quantized, from 0 (W, x) to 1 (default); in between
             W + λ(Qt(W) − W) and x + λ(Q8(x) − x).
         quantized: False makes it nn.Linear with `weight` in `original_dtype`.
+        effective: makes of `weight` what it stands for, where another object holds a part of it; None: itself.
     """
 
     weight_lambda: float
@@ -72,6 +75,7 @@ class BitLinear(nn.Linear):
         if use_rms_norm:
             self.rms_norm = nn.RMSNorm(self.in_features, rms_norm_eps, device=self.weight.device)
         self.shared: SharedActivations | None = None
+        self.effective: Callable[[Tensor], Tensor] | None = None
         self.requantize()
 
     def stop(self) -> None:
@@ -88,19 +92,18 @@ class BitLinear(nn.Linear):
         """The codes and the scale of the weight as it is now."""
         weight = self.weight
         if torch.compiler.is_compiling():  # what follows cannot be traced, and the compiler fuses this
-            return absmean_ternary(weight)
+            return absmean_ternary(self.whole_weight())
         made_of = (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version, _steps.taken)
         if self._ternary is None or self._made_of != made_of or self._ternary.codes.device != weight.device:
             with torch.no_grad(), torch.inference_mode(False):  # for use in training, whoever asks first
-                self._ternary = absmean_ternary(weight)
+                self._ternary = absmean_ternary(self.whole_weight())
             self._made_of = made_of
         return self._ternary
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.quantized:
             return linear(x, self.plain_weight(), self.bias)
-        if self.rms_norm is not None:
-            x = normalized(self.rms_norm, x)
+        x = self.normalized(x)
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -122,11 +125,24 @@ class BitLinear(nn.Linear):
     def matrix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """What W is rounded to: integers and what multiplies them, or with λ < 1 the matrix itself and None."""
         if self.weight_lambda == 0.0:
-            return self.weight.detach().to(dtype), None
+            return self.whole_weight().to(dtype), None
         codes, s = self.ternary()
         if self.weight_lambda == 1.0:
             return codes, s
-        return torch.lerp(self.weight.detach().to(s.dtype), codes * s, self.weight_lambda).to(dtype), None
+        return torch.lerp(self.whole_weight().to(s.dtype), codes * s, self.weight_lambda).to(dtype), None
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """RMSNorm, in float32, of x (..., n) in the dtype of x; x itself without one."""
+        norm = self.rms_norm
+        if norm is None:
+            return x
+        shape = tuple(norm.normalized_shape)
+        return nn.functional.rms_norm(x.float(), shape, norm.weight.float(), norm.eps).to(x.dtype)
+
+    def whole_weight(self) -> Tensor:
+        """The weight with what is held elsewhere, without a gradient."""
+        weight = self.weight.detach()
+        return weight if self.effective is None else self.effective(weight)
 
     def plain_weight(self) -> Tensor:
         """The weight, not quantized, in the dtype that it had before it became ternary."""
@@ -171,6 +187,7 @@ _ATTRIBUTES = (
     "quantized",
     "rms_norm",
     "shared",
+    "effective",
     "_made_of",
     "_ternary",
 )
@@ -188,11 +205,6 @@ def castable_masters() -> Iterator[None]:
         yield
     finally:
         _masters_may_be_cast = before
-
-
-def normalized(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """RMSNorm in float32, in the dtype of x."""
-    return nn.functional.rms_norm(x.float(), tuple(norm.normalized_shape), norm.weight.float(), norm.eps).to(x.dtype)
 
 
 class _Steps:
@@ -214,3 +226,6 @@ def count_steps() -> None:
 
 def _count_step(*_: Any) -> None:
     _steps.taken += 1
+
+
+ROUNDING[BitLinear] = TernaryWeight

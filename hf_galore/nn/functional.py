@@ -92,7 +92,7 @@ class StraightThrough(torch.autograd.Function):
         ctx.x_dtype, ctx.weight_dtype, ctx.bias_dtype = x.dtype, weight.dtype, None if bias is None else bias.dtype
         if a is not None and s is not None and multiplies_int8(tokens, matrix):
             product = torch._int_mm(tokens.reshape(-1, tokens.shape[-1]), matrix.t())
-            y = (product.view(*tokens.shape[:-1], -1) * (s / a)).to(dtype)
+            y = (product.view(*tokens.shape[:-1], len(matrix)) * (s / a)).to(dtype)
         else:
             y = linear((tokens if a is None else tokens / a).to(dtype), matrix.to(dtype))
             y = y if s is None else (y * s).to(dtype)
@@ -113,6 +113,20 @@ class StraightThrough(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             gbias = gy.reshape(-1, gy.shape[-1]).sum(0).to(ctx.bias_dtype)
         return gx, gw, gbias, None, None, None, None, None
+
+
+class RoundedInput(torch.autograd.Function):
+    """xq (..., n) in a dtype, for `tokens` and `a` as in `StraightThrough`; the gradient is that of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, tokens: Tensor, a: Tensor | None) -> Tensor:
+        ctx.x_dtype = x.dtype
+        return (tokens.clone() if a is None else tokens / a).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gx: Tensor) -> tuple[Tensor | None, ...]:
+        return gx.to(ctx.x_dtype), None, None, None
 
 
 def multiplies_int8(tokens: Tensor, matrix: Tensor) -> bool:
