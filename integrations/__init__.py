@@ -3,18 +3,19 @@
 import sys
 from importlib import import_module
 
-from transformers.utils.import_utils import is_bitsandbytes_available
+from transformers.utils.import_utils import is_bitsandbytes_available, is_peft_available
 
 from hf_galore.integrations import deepspeed as _deepspeed
 from hf_galore.integrations import transformers as _transformers
 
 _BITSANDBYTES = "hf_galore.integrations.bitsandbytes"
+_PEFT = "hf_galore.integrations.peft"
 
 
 def register() -> None:
     """Makes transformers' Trainer and accelerate's DeepSpeed use hf_galore.
 
-    Quantized layers of bitsandbytes become trainable if it is installed.
+    Quantized layers of bitsandbytes become trainable if it is installed, and peft knows BitLinearConfig if it is.
 
     Idempotent; `unregister` undoes it exactly.
     """
@@ -22,14 +23,17 @@ def register() -> None:
     _deepspeed.register()
     if is_bitsandbytes_available():
         import_module(_BITSANDBYTES).register()
+    if is_peft_available():
+        import_module(_PEFT).register()
 
 
 def unregister() -> None:
     """Restores everything as it was before `register`. Does nothing if it is not registered."""
     _transformers.unregister()
     _deepspeed.unregister()
-    if _BITSANDBYTES in sys.modules:
-        sys.modules[_BITSANDBYTES].unregister()
+    for path in (_BITSANDBYTES, _PEFT):
+        if path in sys.modules:
+            sys.modules[path].unregister()
 
 
 __all__ = ["register", "unregister"]

@@ -1,0 +1,71 @@
+"""What a user says of BitLinear as a PEFT method."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftType
+
+from hf_galore.checks import check_boolean, check_number
+from hf_galore.param_groups import ALL_LINEAR
+
+NAME = "HF_GALORE_BITLINEAR"  # the member of peft's enumeration; `hf_galore.integrations.peft` adds it
+
+
+@dataclass
+class BitLinearConfig(PeftConfig):
+    """Which linear layers become ternary, and how.
+
+    Args:
+        target_modules: "all-linear" (all but the output head), a regular expression, or names; peft matches them.
+        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in peft's LoraConfig.
+        quantize_activations: False trains ternary weights with the activations as they are.
+        use_rms_norm: an RMSNorm of its own before every target.
+        use_sub_norm: the same before targets named o_proj and down_proj alone (SubLN).
+        rms_norm_eps: of these norms.
+        keep_original: the weights as they are now are written to a temporary file (TMPDIR). Without them,
+            `disable_adapter`, `unload` and `delete_adapter` work only until the first change.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of these.
+        RuntimeError: `hf_galore.register()` has not been called.
+    """
+
+    target_modules: list[str] | str | None = field(default=ALL_LINEAR)
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
+    quantize_activations: bool = field(default=True)
+    use_rms_norm: bool = field(default=False)
+    use_sub_norm: bool = field(default=False)
+    rms_norm_eps: float = field(default=1e-6)
+    keep_original: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if NAME not in PeftType.__members__:
+            raise RuntimeError("peft does not know BitLinearConfig yet: call hf_galore.register() first")
+        self.peft_type = PeftType[NAME]
+        for name in ("quantize_activations", "use_rms_norm", "use_sub_norm", "keep_original"):
+            check_boolean(name, getattr(self, name))
+        check_number("rms_norm_eps", self.rms_norm_eps, low=0.0)
+        if self.use_rms_norm and self.use_sub_norm:
+            raise ValueError("use_rms_norm puts a norm before every layer, use_sub_norm before some: choose one")
+        _check_names("target_modules", self.target_modules)
+        if self.exclude_modules is not None:
+            _check_names("exclude_modules", self.exclude_modules)
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform goes with a list of names, not with target_modules={self.target_modules!r}"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern goes with layers_to_transform, which is not given")
+
+
+def _check_names(argument: str, names: Any) -> None:
+    """Raises TypeError unless these are names or a regular expression, ValueError if there are none."""
+    is_collection = isinstance(names, list | tuple | set)
+    if not isinstance(names, str) and not (is_collection and all(isinstance(name, str) for name in names)):
+        raise TypeError(f"{argument}={names!r} must be {ALL_LINEAR!r}, a regular expression, or a list of names")
+    if not names:
+        raise ValueError(f"{argument}={names!r} names no modules: pass {ALL_LINEAR!r} or names")

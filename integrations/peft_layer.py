@@ -1,0 +1,269 @@
+"""The layer of BitLinear as a PEFT method: nn.Linear modules that are made ternary where they stand.
+
+There is no wrapper and no second weight. What is trained, saved and given to the optimizer is `<module>.weight`, and
+`<module>.bias` and `<module>.rms_norm` where there are such.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.integrations import bitnet
+
+from hf_galore.nn.bitlinear import BitLinear
+from hf_galore.nn.convert import check_convertible, to_bitlinear, to_linear
+from hf_galore.nn.functional import Ternary, dequantize
+from hf_galore.nn.originals import Original, TensorFile, UnkeptOriginal
+
+
+@dataclass(frozen=True)
+class Originals:
+    """What a layer was before it was made ternary, and the device that it was on."""
+
+    weight: Original
+    bias: Original | None
+    device: torch.device
+
+
+class Registered:
+    """A parameter of the module, where a base class has a property of the same name."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        return self if module is None else nn.Module.__getattr__(module, self.name)
+
+
+def registered() -> Any:
+    """A `Registered`, to type checkers whatever the class of the module says."""
+    return Registered()
+
+
+class BitLinearLayer(BitLinear, BaseTunerLayer):
+    """A BitLinear that peft takes for the layer of an adapter, and that computes as its original while disabled."""
+
+    weight = registered()
+    bias = registered()
+    adapter_layer_names = ("trained",)
+    adapter: str
+    originals: Originals
+    active_adapters: list[str]
+    _active_adapter: str | list[str]
+    _master: Tensor | None = None
+    _merged: Ternary | None = None
+
+    def start(self, quantize_activations: bool, use_rms_norm: bool, rms_norm_eps: float) -> None:
+        """As BitLinear, and the bias becomes a float32 (or float64) parameter as well."""
+        super().start(quantize_activations, use_rms_norm, rms_norm_eps)
+        if self.bias is not None and self.bias.dtype != self.weight.dtype:
+            self.bias = nn.Parameter(self.bias.detach().to(self.weight.dtype), self.bias.requires_grad)
+
+    def stop(self) -> None:
+        super().stop()
+        for name in _ATTRIBUTES:
+            self.__dict__.pop(name, None)
+
+    @property
+    def trained(self) -> nn.ModuleDict:
+        """What trains, by the name of the adapter: peft's own methods freeze it, thaw it and report on it."""
+        return nn.ModuleDict({self.adapter: nn.ParameterList(self.parameters())})
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disable_adapters or self.adapter not in self.active_adapters:
+            return linear(x, *self.original())
+        return super().forward(x)
+
+    def original(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias of before.
+
+        Raises:
+            ValueError: they were not kept, and have changed.
+        """
+        weight = self.weight if self._master is None else self._master
+        kept = self.originals
+        try:
+            return kept.weight.of(weight), None if kept.bias is None else kept.bias.of(self.bias)
+        except ValueError as error:
+            raise ValueError(f"{error}: load the model again, with BitLinearConfig(keep_original=True)") from error
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As peft's.
+
+        Raises:
+            ValueError: disabled, it would compute with an original that is not known.
+        """
+        if not enabled:
+            self.original()
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Makes the layer what it was, but for its class: peft goes on to ask it which adapters it has.
+
+        Raises:
+            ValueError: that is not known.
+        """
+        if adapter_name == self.adapter:
+            become(restore(self), FormerLayer)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Puts t·s in the place of W, for whoever reads the weight; the layer computes what it did.
+
+        W stays in memory, for `unmerge`.
+
+        Raises:
+            ValueError: with `safe_merge`, the weight is not finite.
+        """
+        if check_adapters_to_merge(self, adapter_names):
+            ternary = self.ternary()
+            if safe_merge:
+                self.check_finite()
+            self._merged, self._master = ternary, self.weight.data
+            self.weight.data = dequantize(ternary, self.weight.dtype)
+            self.merged_adapters = [self.adapter]
+
+    def unmerge(self) -> None:
+        """Undoes `merge`."""
+        if self._master is not None:
+            self.weight.data = self._master.to(self.weight.device)
+        self._master = self._merged = None
+        self.merged_adapters = []
+
+    def ternary(self) -> Ternary:
+        return super().ternary() if self._merged is None else self._merged
+
+    def check_finite(self) -> None:
+        """Raises ValueError if there is a NaN or an infinite number among the weights."""
+        if not all(param.isfinite().all() for param in self.parameters()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {self.adapter} seems to be broken")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """peft's, called when the weights of a file have taken the place of those that were here."""
+        if not any(param.is_meta for param in self.parameters()):
+            self.to(self.originals.device if device is None else device)
+
+
+class FormerLayer(nn.Linear, BaseTunerLayer):
+    """An nn.Linear that was a BitLinearLayer until its adapter was deleted."""
+
+    weight = registered()
+    bias = registered()
+    _active_adapter: str | list[str] = []  # noqa: RUF012 peft's attribute, never changed in place
+
+    def leave(self) -> None:
+        """Makes it nn.Linear."""
+        for name in _ATTRIBUTES:
+            self.__dict__.pop(name, None)
+        become(self, nn.Linear)
+
+
+_ATTRIBUTES = ("adapter", "originals", "_master", "_merged", "_active_adapter", "_disable_adapters", "merged_adapters")
+
+
+def check_layer(path: str, module: nn.Module) -> None:
+    """Raises ValueError for a module that cannot become a BitLinearLayer."""
+    if type(module) is not FormerLayer:
+        check_convertible(path, module)
+    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+        raise ValueError(f"target_modules: {path!r} is offloaded; load the model without offloading")
+    forward = vars(module).get("forward")
+    if forward is not None and "_old_forward" not in vars(module) and getattr(forward, "__self__", None) is not module:
+        raise ValueError(f"target_modules: {path!r} has a forward method of its own, which would stay as it is")
+
+
+def originals_of(module: nn.Module, file: TensorFile | None) -> Originals:
+    """What the nn.Linear is now: its values in the file, or none of them if there is no file.
+
+    Raises:
+        OSError: the file system is full.
+    """
+    keep = UnkeptOriginal if file is None else file.original
+    assert isinstance(module, nn.Linear)
+    return Originals(keep(module.weight), None if module.bias is None else keep(module.bias), module.weight.device)
+
+
+def install(module: nn.Module, originals: Originals, adapter: str, **options: Any) -> None:
+    """Makes a BitLinearLayer of the nn.Linear: the same object; the options are those of `BitLinear`."""
+    layer = to_bitlinear(module, BitLinearLayer, **options)
+    assert isinstance(layer, BitLinearLayer)
+    layer.adapter, layer.originals, layer._active_adapter = adapter, originals, [adapter]
+    become(layer, BitLinearLayer)
+
+
+def restore(layer: BitLinearLayer) -> nn.Linear:
+    """Makes the layer what it was before `install`, with the weights of then.
+
+    Raises:
+        ValueError: these are not known.
+    """
+    weight, bias = layer.original()
+    return _as_linear(layer, "master", weight.clone(), None if bias is None else bias.clone())
+
+
+def merged(layer: BitLinearLayer, weights: str) -> nn.Linear:
+    """Makes the layer an nn.Linear with the weights that were trained, in the dtypes of before.
+
+    Args:
+        weights: `master` or `dequantized`, as in `restore_linear`.
+    """
+    bias = layer.originals.bias
+    return _as_linear(layer, weights, None, None if bias is None else layer.bias.detach().to(bias.dtype))
+
+
+def _as_linear(layer: BitLinearLayer, weights: str, weight: Tensor | None, bias: Tensor | None) -> nn.Linear:
+    layer.unmerge()
+    linear = to_linear(layer, weights)
+    trains = linear.weight.requires_grad
+    if weight is not None:
+        linear.weight = nn.Parameter(weight, trains)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, trains)
+    return become(linear, nn.Linear)
+
+
+def become(module: nn.Linear, cls: type[nn.Linear]) -> nn.Linear:
+    """Gives the module the class; accelerate's hooks, which keep a forward method, will call that of the class."""
+    module.__class__ = cls
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(module).get(name), "__self__", None) is module:
+            module.__dict__[name] = cls.forward.__get__(module)
+    return module
+
+
+def check_packable(layers: dict[str, BitLinearLayer]) -> None:
+    """Raises ValueError for layers that transformers' BitLinear does not compute as they do."""
+    problems = {
+        "have out_features that are not divisible by 4": lambda layer: layer.out_features % 4,
+        "do not quantize activations": lambda layer: not layer.quantize_activations,
+        "are float16, in which transformers' BitLinear overflows": lambda layer: layer.original_dtype == torch.float16,
+    }
+    for problem, is_so in problems.items():
+        paths = [path for path, layer in layers.items() if is_so(layer)]
+        if paths:
+            raise ValueError(f"weights='packed': {', '.join(paths)} {problem}")
+
+
+def packed(layer: BitLinearLayer) -> nn.Module:
+    """The layer as transformers' BitLinear, with packed codes."""
+    device, dtype, norm = layer.weight.device, layer.original_dtype, layer.rms_norm
+    codes, s = layer.ternary()
+    module = bitnet.BitLinear(
+        layer.in_features,
+        layer.out_features,
+        layer.bias is not None,
+        device,
+        dtype,
+        use_rms_norm=norm is not None,
+        rms_norm_eps=1e-6 if norm is None or norm.eps is None else norm.eps,
+    )
+    module.weight.copy_(bitnet.pack_weights(codes.clone()))
+    module.weight_scale.copy_(1 / s)
+    if layer.bias is not None:
+        module.bias.copy_(layer.bias.detach())
+    if norm is not None:
+        module.rms_norm.weight = nn.Parameter(norm.weight.detach().to(dtype), requires_grad=False)
+    return module.train(layer.training)
