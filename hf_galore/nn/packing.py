@@ -1,6 +1,8 @@
 """Ternary codes in two bits each, in the layout of transformers' BitNet checkpoints.
 
-t (m, n) in {-1, 0, 1}     P (m/4, n) bytes     P[r, k] = Σ_i (t[r + i·m/4, k] + 1) << 2i,   i = 0 … 3
+    t (m, n) in {-1, 0, 1}     P (m/4, n) bytes     P[r, k] = Σ_i (t[r + i·m/4, k] + 1) << 2i,   i = 0 … 3
+
+A byte holds one code of each quarter of the rows.
 """
 
 import torch
