@@ -95,20 +95,17 @@ class BitLinearModel(BaseTuner):
             ValueError: the model has an adapter already, a target cannot become ternary, or there is a `state_dict`.
             OSError: there is no room for the original weights.
         """
-        if state_dict is not None:
-            raise ValueError("the targets of BitLinear are those of its config: leave out state_dict")
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        share_activations(model)
-
-    def _check_new_adapter_config(self, config: BitLinearConfig) -> None:
-        others = [name for name, other in self.peft_config.items() if other is not config]
+        others = [name for name in self.peft_config if name != adapter_name]
         if others:
-            for name in [name for name, other in self.peft_config.items() if other is config]:
-                del self.peft_config[name]
+            del self.peft_config[adapter_name]
             raise ValueError(
                 f"the model has the adapter {others[0]!r} already: a BitLinear adapter holds whole weights, so that a "
                 "model has one. Delete that adapter first, or load the model again"
             )
+        if state_dict is not None:
+            raise ValueError("the targets of BitLinear are those of its config: leave out state_dict")
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        share_activations(model)
 
     def _prepare_model(self, peft_config: BitLinearConfig, model: nn.Module) -> None:
         """Checks the targets and keeps what they are."""
