@@ -18,6 +18,7 @@ from torch import nn
 from hf_galore.frozen_weight import WHOLE, holds_codes
 from hf_galore.lowrank_backward import LowRankBackward, engine_of
 from hf_galore.lowrank_optimizer import detach
+from hf_galore.nn.bitlinear import castable_masters
 from hf_galore.optim.adamw import GaLoreAdamW
 from hf_galore.optim.optimizer import LowRankOptimizer
 
@@ -45,9 +46,16 @@ def unregister() -> None:
 def _prepare(self: Accelerator, *args: Any) -> Any:
     """accelerate's method; a model with the projected backward goes on under DeepSpeed's engine.
 
+    A BitLinear's weight is cast with the model: ZeRO itself keeps what trains in float32.
+
     Raises:
         ValueError: something was asked for that ZeRO cannot do, with what it can.
     """
+    with castable_masters():
+        return _prepare_model(self, *args)
+
+
+def _prepare_model(self: Accelerator, *args: Any) -> Any:
     optimizer = next((arg for arg in args if isinstance(arg, torch.optim.Optimizer)), None)
     model = next((arg for arg in args if isinstance(arg, nn.Module)), None)
     engine = None if model is None else engine_of(model)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_galore.frozen_weight import PlainWeight
 from hf_galore.integrations.deepspeed_zero import ShardedWeight, ZeroStorage, ZeroStore, partitioned
 from hf_galore.lowrank_backward import LowRankBackward
 from hf_galore.lowrank_layer import UPDATE
@@ -33,7 +34,8 @@ def attach(engine: LowRankBackward, deepspeed: Any, numbers: dict[Tensor, int]) 
     for layer in layers:
         layer.storage = ZeroStorage()
         if partitioned(layer.update):
-            layer.weight = ShardedWeight(layer.module, layer.weight.shape)
+            assert isinstance(layer.weight, PlainWeight)  # codes have been refused
+            layer.weight = ShardedWeight(layer.weight)
     for basis in engine.bases:
         basis.to(deepspeed.device)
     store = ZeroStore(layers, deepspeed.optimizer, numbers)

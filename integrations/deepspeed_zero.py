@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_galore.frozen_weight import PlainWeight
 from hf_galore.lowrank_layer import LowRankLayer
 from hf_galore.lowrank_store import Change, Momentum, UpdateStorage
+from hf_galore.nn.ternary_weight import TernaryWeight
 from hf_galore.optim.blockwise import BLOCK
 from hf_galore.optim.moments import Float, MomentFormat, State, bias_corrections
 from hf_galore.optim.optimizer import LowRankOptimizer
@@ -69,12 +70,14 @@ class ZeroStorage(UpdateStorage):
 class ShardedWeight(PlainWeight):
     """A weight that ZeRO-3 brings into its module for the forward and the backward pass, and takes out again.
 
-    What the backward pass keeps is the parameter itself, so that it keeps no copy alive in between.
+    What the backward pass keeps is the parameter itself, so that it keeps no copy alive in between; where it is
+    rounded, that is done again.
     """
 
-    def __init__(self, module: nn.Module, shape: tuple[int, int]) -> None:
-        super().__init__(module)
-        self._shape = torch.Size(shape)
+    def __init__(self, weight: PlainWeight) -> None:
+        super().__init__(weight.module)
+        self._shape, self._weight = torch.Size(weight.shape), weight
+        self.round_input = weight.round_input
 
     @property
     def stored(self) -> Tensor:
@@ -82,7 +85,15 @@ class ShardedWeight(PlainWeight):
 
     @property
     def decode(self) -> Callable[[Tensor], Tensor] | None:  # type: ignore[override]
+        if isinstance(self._weight, TernaryWeight):
+            return self._rounded
         return _transposed if self.transposed else None
+
+    def _rounded(self, _: Tensor) -> Tensor:
+        assert isinstance(self._weight, TernaryWeight)
+        rounded = self._weight.decode(self._weight.stored)
+        self._weight.bitlinear.requantize()  # codes, too, are a copy of what ZeRO-3 keeps in parts
+        return rounded
 
     def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
         with _gathered(self.stored):

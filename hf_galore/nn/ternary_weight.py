@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_galore.frozen_weight import PlainWeight
 from hf_galore.nn.functional import RoundedInput
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class TernaryWeight(PlainWeight):
     """W (m, n) of a BitLinear."""
 
-    def __init__(self, module: "BitLinear") -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.bitlinear = module
+        self.bitlinear: BitLinear = module  # type: ignore[assignment]
 
     @property
     def stored(self) -> Tensor:

@@ -63,6 +63,8 @@ CHANGES = {
     "std": ({"optim_args": ", proj_type=std"}, {}),
     "options": ({"optim_args": OPTIONS}, {"optim_args": OPTIONS}),
     "bf16": ({"bf16": True}, {}),
+    "ternary": ({}, {}),
+    "ternary, bf16": ({"bf16": True}, {}),
 }
 NAMES = ("galore_adamw", "galore_adamw_8bit", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
 WAYS = ("train", "accumulate", "clip", "checkpointing")
@@ -71,14 +73,20 @@ FLOAT32 = [
     *((engine, "galore_adamw", "schedule") for engine in ("zero2_offload", "zero3")),
     *((engine, "galore_adamw_layerwise", "options") for engine in ("zero2", "zero3")),
     ("zero1", "galore_adamw", "std"),
+    *((engine, "galore_adamw", "ternary") for engine in ("zero1", "zero2", "zero3")),
 ]
+TERNARY_OFFLOAD = [("zero2_offload", "galore_adamw", "ternary"), ("zero3_offload", "galore_adamw", "ternary")]
 EIGHT_BITS = list(itertools.product(ZERO, ("galore_adamw_8bit", "galore_adamw_8bit_layerwise"), WAYS))
-BFLOAT16 = list(itertools.product(ZERO, NAMES, ["bf16"]))
+BFLOAT16 = [
+    *itertools.product(ZERO, NAMES, ["bf16"]),
+    *((engine, "galore_adamw", "ternary, bf16") for engine in ("zero2", "zero3")),
+]
 RESUMED = [
     *itertools.product(ZERO, NAMES, ["train"]),
     ("zero3", "galore_adamw_layerwise", "options"),
     ("zero1", "galore_adamw", "bf16"),
     ("zero3", "galore_adamw", "bf16"),
+    ("zero3", "galore_adamw", "ternary"),
 ]
 
 # What is refused: optim, optim_args, what the DeepSpeed configuration has, and what the error must name and offer.
@@ -107,6 +115,11 @@ def ids(cell: tuple[str, str, str]) -> str:
     return "-".join(cell)
 
 
+def made(change: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The model of a run."""
+    return hf_galore.replace_linear(llama(dtype)) if change.startswith("ternary") else llama(dtype)
+
+
 # In the ranks.
 
 
@@ -121,11 +134,11 @@ def settings(engine: str, change: str = "train", **more) -> dict:
     return {**shared, **under, **CHANGES[change][0], **more}
 
 
-def trained(name: str, folder: Path, model=None, resume=None, **arguments) -> Trainer:
+def trained(name: str, folder: Path, model=None, resume=None, change: str = "train", **arguments) -> Trainer:
     """The Trainer after a run."""
     AcceleratorState._reset_state()
     unset_hf_deepspeed_config()  # that of an earlier run, which would partition the model as it is made
-    trainer = Run(name, folder).trainer(llama() if model is None else model, **arguments)
+    trainer = Run(name, folder).trainer(made(change) if model is None else model, **arguments)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -144,10 +157,11 @@ def result(trainer: Trainer) -> dict:
 
 def save_and_resume(engine: str, name: str, change: str, folder: Path) -> dict:
     """A run that saves on its way, another one that goes on from there, and what that saves when it has ended."""
-    trainer = trained(name, folder, **settings(engine, change, save_strategy="steps", save_steps=SAVED))
+    saving = settings(engine, change, save_strategy="steps", save_steps=SAVED)
+    trainer = trained(name, folder, change=change, **saving)
     undisturbed = result(trainer)
     checkpoint = folder / f"checkpoint-{SAVED}"
-    trainer = trained(name, folder, resume=str(checkpoint), **settings(engine, change))
+    trainer = trained(name, folder, resume=str(checkpoint), change=change, **settings(engine, change))
     trainer.save_model(str(folder / "model"))
     trainer.deepspeed.save_checkpoint(str(folder / "after"))
     return {"undisturbed": undisturbed, "resumed": result(trainer)}
@@ -296,8 +310,8 @@ def main(output: Path, is_launched: bool) -> None:
     hf_galore.register()
     if dist.get_world_size() == RANKS:
         results = {
-            cell: result(trained(cell[1], output, **settings(cell[0], cell[2])))
-            for cell in FLOAT32 + EIGHT_BITS + BFLOAT16
+            cell: result(trained(cell[1], output, change=cell[2], **settings(cell[0], cell[2])))
+            for cell in FLOAT32 + EIGHT_BITS + BFLOAT16 + TERNARY_OFFLOAD
         }
         results |= {ids(cell): save_and_resume(*cell, output / ids(cell)) for cell in RESUMED}
         results |= {case: refusal_of(*REFUSED[case][:3], output) for case in REFUSED}
@@ -405,10 +419,10 @@ def single(tmp_path_factory):
     known: dict[tuple, tuple] = {}
 
     def run(name: str, change: str = "train", dtype: torch.dtype = torch.float32, steps: int = STEPS):
-        key = (name, str(CHANGES[change][1]), dtype, steps)
+        key = (name, change.startswith("ternary"), str(CHANGES[change][1]), dtype, steps)
         if key not in known:
             hf_galore.register()
-            model, run = llama(dtype), Run(name, tmp_path_factory.mktemp("single"))
+            model, run = made(change, dtype), Run(name, tmp_path_factory.mktemp("single"))
             trainer = run.train(model, max_steps=steps, weight_decay=0.1, **CHANGES[change][1])
             hf_galore.unregister()
             known[key] = weights(model), logged(trainer, "loss")
@@ -446,6 +460,16 @@ def test_float32_runs_are_those_of_a_single_process(ranks, single, cell):
     assert ranks[0][cell]["losses"] == pytest.approx(losses, rel=1e-6)
 
 
+def test_ternary_codes_flip_where_the_offloaded_adam_rounds_otherwise(ranks, single):
+    """It does so by 1e-6 of a step: a code at its threshold flips, which moves its weight's gradient from then on."""
+    expected, losses = single("galore_adamw_layerwise", "ternary")
+    runs = [ranks[0][cell] for cell in TERNARY_OFFLOAD]
+    assert_close(runs[0]["weights"], runs[1]["weights"])
+    assert runs[0]["losses"] == pytest.approx(losses, rel=1e-5)
+    start = made("ternary").state_dict()
+    assert distance(runs[0]["weights"], expected) <= 0.01 * distance(start, expected)
+
+
 @pytest.mark.parametrize("cell", EIGHT_BITS, ids=ids)
 def test_8bit_runs_are_as_near_as_those_of_a_single_process(ranks, single, cell):
     """To the run in float32. Blocks lie elsewhere here and hold the small moments too: twice the distance.
@@ -463,8 +487,9 @@ def test_8bit_runs_are_as_near_as_those_of_a_single_process(ranks, single, cell)
 @pytest.mark.parametrize("cell", BFLOAT16, ids=ids)
 def test_bfloat16_runs_are_as_near_as_those_of_a_single_process(ranks, single, cell):
     """To the run in float32. A logit, below 1/2 here, is wrong by 2^-9 of itself, and a loss by twice that."""
-    plain, losses = single("galore_adamw_layerwise")
-    rounded, _ = single(layerwise(cell[1]), dtype=torch.bfloat16)
+    change = cell[2].removesuffix(", bf16")
+    plain, losses = single("galore_adamw_layerwise", change)
+    rounded, _ = single(layerwise(cell[1]), change, dtype=torch.bfloat16)
     found = ranks[0][cell]
     assert {value.dtype for value in found["weights"].values()} == {torch.bfloat16}
     assert 0.0 < distance(found["weights"], plain) <= distance(rounded, plain)
