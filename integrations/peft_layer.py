@@ -70,7 +70,7 @@ class BitLinearLayer(BitLinear, BaseTunerLayer):
     @property
     def trained(self) -> nn.ModuleDict:
         """What trains, by the name of the adapter: peft's own methods freeze it, thaw it and report on it."""
-        return nn.ModuleDict({self.adapter: nn.ParameterList(self.parameters())})
+        return nn.ModuleDict({self.adapter: self})
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disable_adapters or self.adapter not in self.active_adapters:

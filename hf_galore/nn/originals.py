@@ -16,6 +16,7 @@ import ctypes
 import math
 import mmap
 import tempfile
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,6 +53,7 @@ class TensorFile:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as this object
+        weakref.finalize(self, self._file.close)
         self._size = 0
         self._mapping: mmap.mmap | None = None
 
