@@ -59,7 +59,7 @@ class ZeroStorage(UpdateStorage):
             safe_set_local_fp32_param(update, torch.zeros_like(update.ds_tensor))
         else:
             safe_set_full_fp32_param(update, torch.zeros_like(update))
-        with _gathered(update), torch.no_grad():
+        with gathered(update), torch.no_grad():
             update.zero_()
 
     def has_gradient(self, layer: LowRankLayer) -> bool:
@@ -96,7 +96,7 @@ class ShardedWeight(PlainWeight):
         return rounded
 
     def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
-        with _gathered(self.stored):
+        with gathered(self.stored):
             if dist.get_rank() == 0:
                 super().add_lowrank_(left, right, alpha=alpha, beta=beta, key=key)
 
@@ -105,7 +105,7 @@ def _transposed(weight: Tensor) -> Tensor:
     return weight.mT
 
 
-def _gathered(param: Tensor) -> Any:
+def gathered(param: Tensor) -> Any:
     """The whole parameter inside; what rank 0 makes of it is what all ranks have afterwards."""
     return deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=partitioned(param))
 

@@ -19,6 +19,7 @@ from hf_galore.frozen_weight import ROUNDING
 from hf_galore.nn.functional import StraightThrough, Ternary, absmax_int8, absmean_ternary
 from hf_galore.nn.shared_activations import SharedActivations
 from hf_galore.nn.ternary_weight import TernaryWeight
+from hf_galore.shards import local, whole
 
 
 class BitLinear(nn.Linear):
@@ -93,7 +94,7 @@ class BitLinear(nn.Linear):
         weight = self.weight
         if torch.compiler.is_compiling():  # what follows cannot be traced, and the compiler fuses this
             return absmean_ternary(self.whole_weight())
-        made_of = (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version, _steps.taken)
+        made_of = (id(weight), local(weight).data_ptr(), 0 if weight.is_inference() else weight._version, _steps.taken)
         if self._ternary is None or self._made_of != made_of or self._ternary.codes.device != weight.device:
             with torch.no_grad(), torch.inference_mode(False):  # for use in training, whoever asks first
                 self._ternary = absmean_ternary(self.whole_weight())
@@ -140,8 +141,8 @@ class BitLinear(nn.Linear):
         return nn.functional.rms_norm(x.float(), shape, norm.weight.float(), norm.eps).to(x.dtype)
 
     def whole_weight(self) -> Tensor:
-        """The weight with what is held elsewhere, without a gradient."""
-        weight = self.weight.detach()
+        """All of the weight with what is held elsewhere, without a gradient; collective where ranks have rows of it."""
+        weight = whole(self.weight.detach())
         return weight if self.effective is None else self.effective(weight)
 
     def plain_weight(self) -> Tensor:
