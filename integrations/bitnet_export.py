@@ -85,6 +85,8 @@ def build_shell(plain: PlainModel, dtype: torch.dtype) -> Any:
     Raises:
         ValueError: there is no causal language model of this config, or no architecture with these norms.
     """
+    if plain.base.get_output_embeddings() is None:
+        raise ValueError(f"model: {type(plain.base).__name__} has no layer for logits; export the model that has it")
     config = copy.deepcopy(plain.base.config)
     if plain.norms == "sub":
         config = bitnet_config(plain)
@@ -92,8 +94,7 @@ def build_shell(plain: PlainModel, dtype: torch.dtype) -> Any:
         raise ValueError(f"model: AutoModelForCausalLM has no model of {type(config).__name__}")
     with torch.device("meta"):
         shell = AutoModelForCausalLM._model_mapping[type(config)]._from_config(config, dtype=dtype)
-    if plain.base.generation_config is not None:
-        shell.generation_config = copy.deepcopy(plain.base.generation_config)
+    shell.generation_config = copy.deepcopy(plain.base.generation_config)
     return shell
 
 

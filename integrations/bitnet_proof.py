@@ -22,7 +22,7 @@ def digest(tensor: Tensor) -> str:
     tensor = tensor.detach().cpu().contiguous()
     tensor = tensor.float() if tensor.is_floating_point() else tensor
     content = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    content.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    content.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
 
 
