@@ -4,6 +4,7 @@ There is no wrapper and no second weight. What is trained, saved and given to th
 `<module>.bias` and `<module>.rms_norm` where there are such.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,8 @@ class BitLinearLayer(BitLinear, BaseTunerLayer):
     originals: Originals
     active_adapters: list[str]
     _active_adapter: str | list[str]
+    _disable_adapters: bool
+    _thawed: Sequence[nn.Parameter] = ()
     _master: Tensor | None = None
     _merged: Ternary | None = None
 
@@ -72,10 +75,13 @@ class BitLinearLayer(BitLinear, BaseTunerLayer):
         """What trains, by the name of the adapter: peft's own methods freeze it, thaw it and report on it."""
         return nn.ModuleDict({self.adapter: self})
 
+    @property
+    def acts(self) -> bool:
+        """Whether the adapter is active and not disabled."""
+        return not self.disable_adapters and self.adapter in self.active_adapters
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.disable_adapters or self.adapter not in self.active_adapters:
-            return linear(x, *self.original())
-        return super().forward(x)
+        return super().forward(x) if self.acts else linear(x, *self.original())
 
     def original(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias of before.
@@ -90,16 +96,26 @@ class BitLinearLayer(BitLinear, BaseTunerLayer):
         except ValueError as error:
             raise ValueError(f"{error}: load the model again, with BitLinearConfig(keep_original=True)") from error
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self.quantized = self.acts
+
     def enable_adapters(self, enabled: bool) -> None:
-        """As peft's.
+        """Makes it compute as its original, with nothing that trains, and again as before.
 
         Raises:
-            ValueError: disabled, it would compute with an original that is not known.
+            ValueError: the original is not known.
         """
+        if enabled is not self._disable_adapters:
+            return
         if not enabled:
             self.original()
             self.unmerge()
-        super().enable_adapters(enabled)
+            self._thawed = [param for param in self.parameters() if param.requires_grad]
+        for param in self._thawed:
+            param.requires_grad_(enabled)
+        self._disable_adapters = not enabled
+        self.quantized = self.acts
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Makes the layer what it was, but for its class: peft goes on to ask it which adapters it has.
@@ -161,13 +177,29 @@ class FormerLayer(nn.Linear, BaseTunerLayer):
         become(self, nn.Linear)
 
 
-_ATTRIBUTES = ("adapter", "originals", "_master", "_merged", "_active_adapter", "_disable_adapters", "merged_adapters")
+_ATTRIBUTES = (
+    "adapter",
+    "originals",
+    "_thawed",
+    "_master",
+    "_merged",
+    "_active_adapter",
+    "_disable_adapters",
+    "merged_adapters",
+)
 
 
 def check_layer(path: str, module: nn.Module) -> None:
     """Raises ValueError for a module that cannot become a BitLinearLayer."""
     if type(module) is not FormerLayer:
         check_convertible(path, module)
+    assert isinstance(module, nn.Linear)
+    weight = module.weight.data
+    if type(weight) is not Tensor or weight.shape != (module.out_features, module.in_features):
+        raise ValueError(
+            f"target_modules: the weight of {path!r} is quantized or spread over ranks; put BitLinear into the model "
+            "before that"
+        )
     if getattr(getattr(module, "_hf_hook", None), "offload", False):
         raise ValueError(f"target_modules: {path!r} is offloaded; load the model without offloading")
     forward = vars(module).get("forward")

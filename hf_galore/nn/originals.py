@@ -49,6 +49,7 @@ class TensorFile:
 
     Raises:
         OSError: the file system is full.
+        TypeError: a tensor of a subclass, such as a DTensor.
     """
 
     def __init__(self) -> None:
@@ -63,8 +64,11 @@ class TensorFile:
             return UnkeptOriginal(tensor)
         offset = -(-self._size // _ALIGNMENT) * _ALIGNMENT
         values = tensor.detach().cpu().contiguous()
+        if type(values) is not Tensor:
+            raise TypeError(f"a {type(values).__name__} has no values of its own that could be written to a file")
         self._file.seek(offset)
         self._file.write((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
+        self._file.flush()
         self._size, self._mapping = offset + values.nbytes, None
         return FiledOriginal(self, offset, values.shape, values.dtype)
 
@@ -74,7 +78,6 @@ class TensorFile:
         if not count:
             return torch.empty(shape, dtype=dtype)
         if self._mapping is None:
-            self._file.flush()
             # Not read-only, which torch warns of: a write would go to a page of the process's own.
             self._mapping = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_COPY)
         return torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=offset).view(shape)
