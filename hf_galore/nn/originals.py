@@ -66,10 +66,11 @@ class TensorFile:
         values = tensor.detach().cpu().contiguous()
         if type(values) is not Tensor:
             raise TypeError(f"a {type(values).__name__} has no values of its own that could be written to a file")
-        self._file.seek(offset)
-        self._file.write((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
-        self._file.flush()
-        self._size, self._mapping = offset + values.nbytes, None
+        if values.nbytes:
+            self._file.seek(offset)
+            self._file.write((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
+            self._file.flush()
+            self._size, self._mapping = offset + values.nbytes, None
         return FiledOriginal(self, offset, values.shape, values.dtype)
 
     def read(self, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -134,9 +135,9 @@ class UnkeptOriginal:
 
 def sums_of_bits(tensor: Tensor) -> Tensor:
     """The bits of a tensor (..., n) as integers, summed over its rows and over its columns, on the CPU."""
-    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
-    bits = bits.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    rows = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1).contiguous()
+    bits = rows.view(_INTEGERS[tensor.element_size()])
     return torch.cat([bits.sum(0), bits.sum(1)]).cpu()
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # none that overflow in a sum

@@ -499,7 +499,26 @@ def with_a_forward_of_its_own():
     return model
 
 
+def split_by_zero3():
+    model = llama()
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.empty(0))
+    return model
+
+
+class Subclass(torch.Tensor):
+    """As torchao's quantized weights, and DTensor."""
+
+
+def of_a_tensor_subclass():
+    model = llama()
+    up = model.model.layers[0].mlp.up_proj
+    up.weight = nn.Parameter(up.weight.detach().as_subclass(Subclass))
+    return model
+
+
 REFUSED = {
+    "ZeRO-3": (split_by_zero3, {}, "up_proj' is quantized or spread over ranks"),
+    "tensor subclass": (of_a_tensor_subclass, {}, "up_proj' is quantized or spread over ranks"),
     "experts": (
         mixtral,
         {},

@@ -75,6 +75,30 @@ def test_the_checkpoint_is_an_adapter_and_the_base_is_the_original(tmp_path):
     assert_same(weights(trainer.model.unload()), weights(original))
 
 
+class Reference(transformers.TrainerCallback):
+    """Asks for the logits of the original after each step, as preference training does."""
+
+    def __init__(self, ids):
+        self.ids, self.logits = ids, []
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model, **kwargs):
+        with model.disable_adapter():
+            self.logits.append(model(self.ids).logits)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_the_original_can_be_asked_between_steps(base, optim, tmp_path):
+    ids = torch.stack([sample["input_ids"] for sample in tokens(2)])
+    expected = BASES[base]()(ids).logits
+    reference = Reference(ids)
+    asked = Run(optim, tmp_path).train(adapted(base), trainer={"callbacks": [reference]}, **OPTIMIZERS[optim])
+    assert len(reference.logits) == 3
+    assert all(torch.equal(logits, expected) for logits in reference.logits)
+    assert_same(weights(asked.model), weights(Run(optim, tmp_path).train(adapted(base), **OPTIMIZERS[optim]).model))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("base", BASES)
 def test_gradient_checkpointing_changes_nothing(base, use_reentrant, tmp_path):
