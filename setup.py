@@ -14,6 +14,7 @@ EXTRAS = {
     "trl": [*TRANSFORMERS, "trl"],
     "bitsandbytes": ["bitsandbytes"],
     "deepspeed": [*TRANSFORMERS, "deepspeed>=0.19"],
+    "gguf": [*TRANSFORMERS, "gguf"],
     "demo": ["transformers>=5", "accelerate", "tokenizers", "matplotlib", "datasets"],
     "lint": ["ruff", "mypy", "pre-commit"],
 }
@@ -22,6 +23,7 @@ EXTRAS["test"] = sorted(
         *EXTRAS["trl"],
         *EXTRAS["bitsandbytes"],
         *EXTRAS["deepspeed"],
+        *EXTRAS["gguf"],
         *EXTRAS["demo"],
         "expecttest",
         "galore-torch",

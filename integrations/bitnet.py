@@ -10,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def save_bitnet(
     tokenizer: Any = None,
     verify: bool = True,
     max_shard_size: int | str = "50GB",
+    gguf_type: str = "tq2_0",
 ) -> ExportReport:
     """Writes a model with BitLinear layers as a checkpoint that plain transformers loads, and proves that it does.
 
@@ -54,27 +56,42 @@ def save_bitnet(
     Norms of every BitLinear (use_rms_norm) are stored with them. A Llama with SubLN (use_sub_norm) is stored in
     transformers' `bitnet` architecture.
 
+    `gguf` is for Llama, Qwen2 and Qwen3, without such norms. Layers whose in_features 256 does not divide are stored
+    as t·s in float16, as are embeddings and the output layer; norms and biases in float32. Without a tokenizer the
+    file says that it has none. The proof is that gguf's own reader finds what was written: t·s with s in float16.
+
     Args:
         model: a model of transformers, or a PeftModel around one. Under DDP, FSDP or DeepSpeed: unwrapped, gathered,
             and on one rank.
         directory: does not exist, or is empty.
         target: `transformers`, packed in 2 bits with 1 / s (BitLinear); `transformers-auto`, packed with s, unpacked
             when loaded (AutoBitLinear, as microsoft's checkpoints); `online`, the weights that were trained, quantized
-            in every forward pass (AutoBitLinear, trainable).
+            in every forward pass (AutoBitLinear, trainable); `gguf`, a file model.gguf for llama.cpp.
         dtype: of all floats, float32 or bfloat16; default the model's own. In bfloat16 `online` rounds weights so
-            that they keep their codes.
+            that they keep their codes. A GGUF file has its own.
         tokenizer: saved beside the model.
         verify: False skips the proof.
         max_shard_size: as in save_pretrained.
+        gguf_type: of ternary matrices in a GGUF file, `tq2_0` or `tq1_0`.
 
     Raises:
         ValueError: an argument is none of its choices, or the model computes what the target cannot.
         TypeError: `model` is no model of transformers.
         FileExistsError: `directory` is not empty.
+        ImportError: the target is `gguf` and that package is not installed.
         RuntimeError: the proof failed.
     """
-    check_choice("target", target, LINEAR_CLASSES)
+    check_choice("target", target, [*LINEAR_CLASSES, "gguf"])
     plain = plain_model(model)
+    if target == "gguf":
+        if dtype is not None:
+            raise ValueError(f"dtype={dtype} is not for target='gguf', whose floats are float16 and float32")
+        if find_spec("gguf") is None:
+            raise ImportError("target='gguf' needs the package gguf: pip install 'hf_galore[gguf]'")
+        from hf_galore.integrations.gguf import save_gguf
+
+        with new_directory(directory) as written:
+            return save_gguf(plain, written, gguf_type, tokenizer, verify)
     export = prepare(plain, target, target_dtype(dtype, plain))
     with new_directory(directory) as written:
         export.write(written, max_shard_size)

@@ -58,7 +58,8 @@ class ExportReport:
             reasons.setdefault(reason, []).append(path)
         lines += [f"  {len(paths)} others ({reason}): {', '.join(paths)}" for reason, paths in reasons.items()]
         if self.top1 is None:
-            return "\n".join([*lines, "  not verified"])
+            read = "not verified" if self.codes_equal is None else "read back: codes equal, logits not computed"
+            return "\n".join([*lines, f"  {read}"])
         lines.append(
             f"  loaded by transformers alone: codes {'equal' if self.codes_equal else 'DIFFERENT'}, top-1 equal at "
             f"{self.top1:.1%} of positions, relative error of logits {self.relative_error:.1e}"

@@ -116,7 +116,7 @@ def test_a_scale_in_the_other_sense_has_to_be_named(tmp_path):
     model = llama().eval()
     save_bitnet(model, tmp_path / "out", verify=False)
     edit(tmp_path / "out", scaled(lambda scale: 1 / scale))
-    with pytest.raises(ValueError, match="weight_scale: its median is .* Say what it is"):
+    with pytest.raises(ValueError, match=r"weight_scale: its median is .* Say what it is"):
         load_bitnet(tmp_path / "out")
     loaded = load_bitnet(tmp_path / "out", weight_scale="absmean").eval()
     assert torch.allclose(loaded(TOKENS).logits, model(TOKENS).logits, atol=1e-5)

@@ -57,7 +57,11 @@ def partly_normed():
 
 SUB = {"use_sub_norm": True}
 CASES = {
-    "target": (ternary, {"target": "ggml"}, "target='ggml' is not one of transformers, transformers-auto, online"),
+    "target": (
+        ternary,
+        {"target": "ggml"},
+        "target='ggml' is not one of transformers, .*, gguf",
+    ),
     "float16": (ternary, {"dtype": torch.float16}, "dtype=float16 is not one of float32, bfloat16"),
     "float16 model": (
         lambda: hf_galore.replace_linear(LlamaForCausalLM(LlamaConfig(**SIZES)).half()),
