@@ -42,10 +42,11 @@ def save_bitnet(
 
     A new process, in which hf_galore cannot be imported, loads the checkpoint. All its tensors must be those that were
     stored, and the codes that its layers compute with those of the model, bit for bit. Then both compute logits for
-    random tokens in float32: the most likely token must be the same at every position (or lead by less than 1 % of
-    the logits' standard deviation: transformers sums in another order, which may put an activation on the other side
-    of a rounding), and the relative error at most 5 %. The model that it is compared with has its floats and scales
-    rounded to the checkpoint's dtype, as they are stored; the report says how far that is from the model as it trains.
+    random tokens in float32. Their relative error must be at most 10 % (it is 1e-7 in a model of 2 layers, and 1 % in
+    one of 24: transformers sums in another order, and each activation that this puts on the other side of a rounding
+    to 8 bits moves by a whole code), and the most likely token the same, at every position where its lead is more than
+    8 times the root mean square of that error. The model that it is compared with has its floats and scales rounded to
+    the checkpoint's dtype, as they are stored; the report says how far that is from the model as it trains.
 
     The checkpoint is written beside `directory` and moved there in the end: whatever fails, nothing is left. The model
     is not changed.

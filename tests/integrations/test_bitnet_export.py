@@ -83,6 +83,7 @@ MODELS = {
     "norms": lambda: ternary(llama(), use_rms_norm=True, rms_norm_eps=1e-5),
     "sub_norms": lambda: ternary(llama(hidden_act="relu2", attention_bias=True), use_sub_norm=True),
     "mixture": mixture,
+    "deep": lambda: ternary(llama(num_hidden_layers=16)),
     "adapter": adapted,
 }
 REFUSED = {("bias", "transformers-auto"), ("sub_norms", "transformers-auto")}  # biases
@@ -110,6 +111,10 @@ def test_transformers_computes_what_was_trained(outcomes, name, target):
     expected, found = outcomes[name, target]
     report = compare(expected, found)
     assert report.codes_equal
+    if name == "deep":  # a rounding to 8 bits that goes the other way is one code, and grows from layer to layer
+        assert report.relative_error <= 0.03
+        assert report.top1 >= 0.9
+        return
     assert report.top1 == 1
     assert report.relative_error <= 1e-3
     if name == "rows" and target != "online":
@@ -159,7 +164,7 @@ def test_masters_rounded_to_bfloat16_keep_their_codes():
     assert ((stored.float() - layer.weight).abs() <= 2**-7 * layer.weight.abs()).all()  # one step of bfloat16
 
 
-@pytest.mark.parametrize("damage", ["scale", "codes", "norm"])
+@pytest.mark.parametrize("damage", ["logits", "one token", "nan", "codes", "norm"])
 def test_damage_is_found(outcomes, damage):
     expected, (digests, logits) = outcomes["fp32", "transformers"]
     wrong = json.loads(json.dumps(digests))
@@ -168,8 +173,13 @@ def test_damage_is_found(outcomes, damage):
     elif damage == "norm":
         wrong["state"]["model.norm.weight"] = "0"
     else:
-        logits = {name: value.flip(-1) for name, value in logits.items()}
-    with pytest.raises(RuntimeError, match="something else" if damage == "scale" else "other values"):
+        loaded = logits["float32"].clone()
+        if damage == "logits":
+            loaded += 0.2 * loaded.std() * torch.randn_like(loaded)
+        else:
+            loaded[0, 0, loaded[0, 0].argmin()] = loaded[0, 0].max() + 0.1 if damage == "one token" else torch.nan
+        logits = logits | {"float32": loaded}
+    with pytest.raises(RuntimeError, match="other values" if damage in ("codes", "norm") else "something else"):
         compare(expected, (wrong, logits))
 
 
