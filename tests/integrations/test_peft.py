@@ -83,6 +83,8 @@ def test_layers_are_the_modules_themselves_and_hold_no_second_weight(make):
     layers = bitlinears(model.base_model.model)
     assert layers.keys() == linears(base)
     assert all(type(layer) is BitLinearLayer and layer is modules[path] for path, layer in layers.items())
+    attention = [layers[f"model.layers.0.self_attn.{name}_proj"].shared for name in "qkv"]
+    assert attention[0] is attention[1] is attention[2] is not None
     after = model.base_model.model.state_dict()
     assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in state.items()}
     train(model)
@@ -206,7 +208,9 @@ def test_an_adapter_that_is_not_active_does_not_act():
     model.base_model.set_adapter([])
     assert torch.equal(logits(model), logits(llama()))
     assert not base_names(model)
+    assert not any(layer.quantized for layer in bitlinears(model).values())  # which the projected backward asks
     model.set_adapter("default", inference_mode=True)
+    assert all(layer.quantized for layer in bitlinears(model).values())
     assert not torch.equal(logits(model), logits(llama()))
     assert not base_names(model)
 
@@ -327,6 +331,7 @@ def test_the_name_of_an_adapter_may_be_that_of_a_module(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "q_proj", adapter_name="q_proj")
     assert_same(weights(loaded), weights(model))
+    assert load_file(tmp_path / "q_proj" / "adapter_model.safetensors").keys() < weights(model).keys()
 
 
 # Merged.

@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -78,8 +79,11 @@ def test_the_file_has_no_name_and_is_closed_with_its_last_reader(tmp_path, monke
     del file
     gc.collect()
     assert torch.equal(original.of(torch.zeros(1)), torch.ones(1000))
-    del original
-    gc.collect()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del original
+        gc.collect()
+    assert not caught
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
     assert torch.equal(value, torch.ones(1000))

@@ -83,8 +83,10 @@ class Reference(transformers.TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, model, **kwargs):
+        trains = {name for name, param in model.named_parameters() if param.requires_grad}
         with model.disable_adapter():
             self.logits.append(model(self.ids).logits)
+        assert trains == {name for name, param in model.named_parameters() if param.requires_grad}
 
 
 @pytest.mark.parametrize("base", BASES)
