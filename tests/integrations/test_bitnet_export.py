@@ -118,7 +118,7 @@ def test_transformers_computes_what_was_trained(outcomes, name, target):
     assert report.top1 == 1
     assert report.relative_error <= 1e-3
     if name == "rows" and target != "online":
-        assert 1e-3 < report.error_of_storing < 0.05  # activations of some layers are no longer rounded
+        assert 1e-4 < report.error_of_storing < 0.05  # activations of some layers are no longer rounded
     elif name == "bf16":
         assert report.error_of_storing <= 0.02
         assert report.error_as_loaded <= 0.05
