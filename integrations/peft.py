@@ -118,9 +118,9 @@ class BitLinearModel(BaseTuner):
             for path, module in model.named_modules()
             if path and self._check_target_module_exists(wanted, path)
         }
-        _refuse_tied(model, modules)
         for path, module in modules.items():
             check_layer(path, module)
+        _refuse_tied(model, modules)
         file = TensorFile() if peft_config.keep_original else None
         self._originals: dict[nn.Module, Originals] = {m: originals_of(m, file) for m in modules.values()}
 
@@ -181,17 +181,17 @@ class BitLinearModel(BaseTuner):
         weights: str = "master",
     ) -> nn.Module:
         layers = {path: m for path, m in self.model.named_modules() if isinstance(m, BitLinearLayer)}
-        merge = merge and all(m.adapter in (adapter_names or m.active_adapters) for m in layers.values())
-        if not merge:
-            for layer in layers.values():
-                layer.original()
-        elif weights == "packed":
+        merge = merge and all(layer.adapter in (adapter_names or layer.active_adapters) for layer in layers.values())
+        if merge and weights == "packed":
             check_packable(layers)
-        else:
+        elif merge:
             _refuse_norms(layers)
-        for path, layer in layers.items():
-            if safe_merge and merge:
+        for layer in layers.values():
+            if not merge:
+                layer.original()
+            elif safe_merge:
                 layer.check_finite()
+        for path, layer in layers.items():
             if not merge:
                 restore(layer)
             elif weights == "packed":
@@ -234,7 +234,7 @@ def _refuse_tied(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     chosen = set(targets.values())
     others = {id(p): path for path, m in model.named_modules() if m not in chosen for p in m.parameters(recurse=False)}
     for path, module in targets.items():
-        owner = others.get(id(getattr(module, "weight", None)))
+        owner = others.get(id(module.weight))
         if owner is not None:
             raise ValueError(f"target_modules: {path!r} has the weight of {owner!r}, which would not be ternary")
         others[id(module.weight)] = path

@@ -12,7 +12,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.integrations import bitnet
 
 from hf_galore.nn.bitlinear import BitLinear
 from hf_galore.nn.convert import check_convertible, to_bitlinear, to_linear
@@ -281,6 +280,8 @@ def check_packable(layers: dict[str, BitLinearLayer]) -> None:
 
 def packed(layer: BitLinearLayer) -> nn.Module:
     """The layer as transformers' BitLinear, with packed codes."""
+    from transformers.integrations import bitnet  # which imports torch's compiler
+
     device, dtype, norm = layer.weight.device, layer.original_dtype, layer.rms_norm
     codes, s = layer.ternary()
     module = bitnet.BitLinear(

@@ -530,6 +530,7 @@ REFUSED = {
         r"mlp\.experts\.gate_up_proj' holds the experts of a mixture in one tensor.*Name the other",
     ),
     "Conv1D": (gpt2, {}, "is a Conv1D; its weight is transposed"),
+    "activation": (llama, {"target_modules": r".*\.mlp\..*"}, "act_fn' is a SiLU"),
     "embeddings": (llama, {"target_modules": ["q_proj", "embed_tokens"]}, "is a Embedding"),
     "tied": (
         lambda: llama(tie_word_embeddings=True),
