@@ -27,13 +27,12 @@ from hf_galore.integrations.peft_layer import (
     FormerLayer,
     Originals,
     check_layer,
-    check_packable,
     install,
     merged,
     originals_of,
-    packed,
     restore,
 )
+from hf_galore.integrations.peft_packed import check_packable, packed
 from hf_galore.nn.convert import RESTORED, SUB_NORM, check_convertible, share_activations
 from hf_galore.nn.originals import TensorFile
 from hf_galore.param_groups import ALL_LINEAR
