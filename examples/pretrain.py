@@ -62,10 +62,10 @@ def train_in_child(settings: argparse.Namespace, optim: str) -> dict:
 def train(settings: argparse.Namespace, optim: str) -> dict:
     """Trains one model with one optimizer, evaluates it on the held-out text and returns the figures.
 
-    They are also written to <output_dir>/<optim>.json. With settings.resume a finished run is read from there, and an
-    unfinished one continues from its last checkpoint.
+    They are also written to <output_dir>/<optim>.json (with --bitlinear <optim>_ternary.json). With settings.resume a
+    finished run is read from there, and an unfinished one continues from its last checkpoint.
     """
-    folder = Path(settings.output_dir) / optim
+    folder = Path(settings.output_dir) / (f"{optim}_ternary" if settings.bitlinear else optim)
     result_file = folder.with_suffix(".json")
     if settings.resume and result_file.exists():
         result = json.loads(result_file.read_text())
@@ -92,6 +92,10 @@ def train(settings: argparse.Namespace, optim: str) -> dict:
     trainer.add_callback(LossBar)
     print(f"\n{optim}: {model.num_parameters() / 1e6:.1f} million parameters on {arguments.device}", flush=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if settings.resume and folder.exists() else None)
+    if settings.bitlinear and trainer.is_world_process_zero():
+        print(
+            hf_galore.save_bitnet(trainer.accelerator.unwrap_model(trainer.model), folder.with_name(f"{optim}_bitnet"))
+        )
     result = {
         "optim": optim,
         "perplexity": math.exp(trainer.evaluate()["eval_loss"]),
@@ -143,6 +147,8 @@ def build_model(settings: argparse.Namespace) -> LlamaForCausalLM:
         use_cache=False,
     )
     model = LlamaForCausalLM(config).to(getattr(torch, settings.dtype))
+    if settings.bitlinear:
+        hf_galore.replace_linear(model, MATRICES)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -234,6 +240,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="runs/pretrain", help="where everything is written (%(default)s)")
     parser.add_argument("--save_steps", type=positive(int), help="steps between checkpoints (none are written)")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoints in output_dir")
+    parser.add_argument("--bitlinear", action="store_true", help="ternary matrices, exported to <optim>_bitnet")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, slower")
     for field in fields(Preset):
         if field.type is not bool:

@@ -10,19 +10,33 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _HOME_OF = {
+    "BitLinear": "hf_galore.nn.bitlinear",
+    "BitLinearConfig": "hf_galore.integrations.peft",
     "GaLoreAdafactor": "hf_galore.optim.adafactor",
     "GaLoreAdamW": "hf_galore.optim.adamw",
     "GaLoreAdamW8bit": "hf_galore.optim.adamw8bit",
+    "LambdaWarmup": "hf_galore.integrations.bitlinear_callbacks",
+    "TernaryLog": "hf_galore.integrations.bitlinear_callbacks",
+    "distill": "hf_galore.integrations.distillation",
     "galore_param_groups": "hf_galore.param_groups",
+    "load_bitnet": "hf_galore.integrations.bitnet",
     "register": "hf_galore.integrations",
     "replace_linear": "hf_galore.nn.convert",
     "restore_linear": "hf_galore.nn.convert",
+    "save_bitnet": "hf_galore.integrations.bitnet",
     "unregister": "hf_galore.integrations",
 }
 
 if TYPE_CHECKING:
     from hf_galore.integrations import register as register
     from hf_galore.integrations import unregister as unregister
+    from hf_galore.integrations.bitlinear_callbacks import LambdaWarmup as LambdaWarmup
+    from hf_galore.integrations.bitlinear_callbacks import TernaryLog as TernaryLog
+    from hf_galore.integrations.bitnet import load_bitnet as load_bitnet
+    from hf_galore.integrations.bitnet import save_bitnet as save_bitnet
+    from hf_galore.integrations.distillation import distill as distill
+    from hf_galore.integrations.peft import BitLinearConfig as BitLinearConfig
+    from hf_galore.nn.bitlinear import BitLinear as BitLinear
     from hf_galore.nn.convert import replace_linear as replace_linear
     from hf_galore.nn.convert import restore_linear as restore_linear
     from hf_galore.optim.adafactor import GaLoreAdafactor as GaLoreAdafactor

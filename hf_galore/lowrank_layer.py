@@ -108,7 +108,9 @@ class LowRankLayer:
         """decay·W + scale·back(B), for W in floating point (m, n); W itself where nothing is pending."""
         if not self.pending:
             return weight
-        left, right = self.side.factors(whole(self.update.detach()).to(weight.dtype), self.basis.matrix.to(weight.dtype))
+        left, right = self.side.factors(
+            whole(self.update.detach()).to(weight.dtype), self.basis.matrix.to(weight.dtype)
+        )
         return torch.addmm(weight, left, right, beta=self.decay, alpha=self.settings.scale)
 
     def _listen(self) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitNetConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from hf_galore.integrations.bitnet_masters import round_masters
 from hf_galore.integrations.bitnet_plain import PlainModel, check_exportable
 from hf_galore.nn.convert import SUB_NORM
 from hf_galore.nn.functional import Ternary, absmean_ternary, dequantize
+from hf_galore.nn.masters import round_masters
 from hf_galore.nn.packing import PER_BYTE, pack_ternary
 
 LINEAR_CLASSES = {

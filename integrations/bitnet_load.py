@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import bitnet as theirs
 
 from hf_galore.checks import check_choice
-from hf_galore.integrations.bitnet_masters import masters_of
 from hf_galore.nn.bitlinear import BitLinear
 from hf_galore.nn.convert import share_activations, to_bitlinear
 from hf_galore.nn.functional import Ternary
+from hf_galore.nn.masters import masters_of
 from hf_galore.nn.packing import unpack_ternary
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def load_bitnet(directory: str | os.PathLike[str], *, weight_scale: str | None =
     """Loads a BitNet checkpoint, with hf_galore's BitLinear in the place of transformers' layers: all of it trains.
 
     Codes and scales are those of the checkpoint. Where it has packed codes, weights are made that round to just these
-    codes and this scale (`hf_galore.integrations.bitnet_masters.masters_of` says how): those that were trained are
+    codes and this scale (`hf_galore.nn.masters.masters_of` says how): those that were trained are
     gone, and t·s would be quantized to a smaller scale. Biases of `autobitlinear` in `offline` mode, which
     transformers multiplies by the scale, are multiplied here. Which convention was found is logged.
 

@@ -79,7 +79,7 @@ class _Distilled:
         return logits
 
     def _divergence(self, logits: Tensor, wanted: Tensor, labels: Tensor, items: Any) -> Tensor:
-        """temperature²·KL, a mean over the tokens to predict; with `items` their sum by this number, as the loss is."""
+        """temperature²·KL: a mean over the tokens to predict; with `items`, their sum divided by this, as the loss."""
         t = self.temperature
         counts = labels[..., 1:] != -100
         own, theirs = (log_softmax(one[..., :-1, :][counts].float() / t, -1) for one in (logits, wanted))

@@ -184,7 +184,7 @@ def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, w_part: float = 1.0, x_part: float = 1.0) -> Tensor:
-    """BitLinear with straight-through gradients, as x + (Q(x) - x).detach(); the parts are the lambdas of a warm-up."""
+    """BitLinear with straight-through gradients, as x + (Q(x) - x).detach(); the parts are lambdas of a warm-up."""
     codes, scale = absmean_ternary(weight)
     tokens, multiplier = absmax_int8(x)
     weight = weight + w_part * (codes * scale - weight).detach()

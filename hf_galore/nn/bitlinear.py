@@ -141,7 +141,7 @@ class BitLinear(nn.Linear):
         return nn.functional.rms_norm(x.float(), shape, norm.weight.float(), norm.eps).to(x.dtype)
 
     def whole_weight(self) -> Tensor:
-        """All of the weight with what is held elsewhere, without a gradient; collective where ranks have rows of it."""
+        """All of the weight with what is held elsewhere, without a gradient; collective where ranks have its rows."""
         weight = whole(self.weight.detach())
         return weight if self.effective is None else self.effective(weight)
 

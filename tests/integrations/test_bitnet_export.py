@@ -23,11 +23,11 @@ import hf_galore
 from hf_galore.integrations import bitnet_proof
 from hf_galore.integrations.bitnet import save_bitnet
 from hf_galore.integrations.bitnet_export import LINEAR_CLASSES, Export, prepare, quantization_config
-from hf_galore.integrations.bitnet_masters import round_masters
 from hf_galore.integrations.bitnet_plain import plain_model
 from hf_galore.integrations.bitnet_verify import compare, examine, expect
 from hf_galore.nn.convert import bitlinears
 from hf_galore.nn.functional import absmean_ternary
+from hf_galore.nn.masters import round_masters
 
 SIZES = {
     "vocab_size": 128,

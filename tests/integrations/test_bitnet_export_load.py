@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_galore
 from hf_galore.integrations.bitnet import load_bitnet, save_bitnet
 from hf_galore.integrations.bitnet_export import LINEAR_CLASSES
-from hf_galore.integrations.bitnet_masters import masters_of
 from hf_galore.nn.convert import bitlinears
 from hf_galore.nn.functional import Ternary, absmean_ternary
+from hf_galore.nn.masters import masters_of
 from hf_galore.nn.packing import unpack_ternary
 
 TOKENS = torch.arange(24).view(2, 12)
