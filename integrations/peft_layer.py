@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from hf_galore.nn.bitlinear import BitLinear
-from hf_galore.nn.convert import check_convertible, to_bitlinear, to_linear
+from hf_galore.nn.convert import become, check_convertible, to_bitlinear, to_linear
 from hf_galore.nn.functional import Ternary, dequantize
 from hf_galore.nn.originals import Original, TensorFile, UnkeptOriginal
 
@@ -222,7 +222,6 @@ def install(module: nn.Module, originals: Originals, adapter: str, **options: An
     layer = to_bitlinear(module, BitLinearLayer, **options)
     assert isinstance(layer, BitLinearLayer)
     layer.adapter, layer.originals, layer._active_adapter = adapter, originals, [adapter]
-    become(layer, BitLinearLayer)
 
 
 def restore(layer: BitLinearLayer) -> nn.Linear:
@@ -253,13 +252,4 @@ def _as_linear(layer: BitLinearLayer, weights: str, weight: Tensor | None, bias:
         linear.weight = nn.Parameter(weight, trains)
     if bias is not None:
         linear.bias = nn.Parameter(bias, trains)
-    return become(linear, nn.Linear)
-
-
-def become(module: nn.Linear, cls: type[nn.Linear]) -> nn.Linear:
-    """Gives the module the class; accelerate's hooks, which keep a forward method, will call that of the class."""
-    module.__class__ = cls
-    for name in ("forward", "_old_forward"):
-        if getattr(vars(module).get(name), "__self__", None) is module:
-            module.__dict__[name] = cls.forward.__get__(module)
-    return module
+    return linear

@@ -76,9 +76,19 @@ def check_convertible(path: str, module: nn.Module | None) -> None:
 
 def to_bitlinear(module: nn.Module, cls: type[BitLinear] = BitLinear, **options: Any) -> BitLinear:
     """The nn.Linear as a BitLinear (or a subclass): the same object, with another class."""
-    module.__class__ = cls
+    become(module, cls)
     assert isinstance(module, cls)
     module.start(**options)
+    return module
+
+
+def become(module: nn.Module, cls: type[nn.Linear]) -> nn.Linear:
+    """Gives the module the class; accelerate's hooks, which keep a forward method, will call that of the class."""
+    module.__class__ = cls
+    assert isinstance(module, nn.Linear)
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(module).get(name), "__self__", None) is module:
+            module.__dict__[name] = cls.forward.__get__(module)
     return module
 
 
@@ -90,8 +100,7 @@ def to_linear(module: BitLinear, weights: str = "master") -> nn.Linear:
         weight = module.plain_weight().detach()
     trains = module.weight.requires_grad
     module.stop()
-    linear: nn.Linear = module
-    linear.__class__ = nn.Linear
+    linear = become(module, nn.Linear)
     if weight.data_ptr() != linear.weight.data_ptr():
         linear.weight = nn.Parameter(weight, trains)
     return linear

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from hf_galore import replace_linear, restore_linear
@@ -49,6 +50,15 @@ def test_dequantized_weights_are_what_the_model_computed_with():
     weight = restore_linear(one, "dequantized").model.layers[0].mlp.up_proj.weight
     assert len(weight.unique()) == 3
     assert torch.allclose(one(ids).logits, logits, atol=1e-5)
+
+
+def test_layers_with_hooks_of_accelerate_are_quantized_too():
+    one, ids = model(), torch.arange(12)[None]
+    logits, ternary = one(ids).logits, replace_linear(copy.deepcopy(one))(ids).logits
+    for module in one.modules():
+        add_hook_to_module(module, ModelHook())
+    assert torch.equal(replace_linear(one)(ids).logits, ternary)
+    assert torch.equal(restore_linear(one)(ids).logits, logits)
 
 
 @pytest.mark.parametrize(("option", "normed"), [("use_rms_norm", 7), ("use_sub_norm", 2)])
