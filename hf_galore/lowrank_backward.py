@@ -31,12 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_galore.frozen_weight import frozen_weight, holds_codes, is_quantized, rounding, whole_shapes
+from hf_galore.link import Link
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_basis import LayerBasis
-from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings
+from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings, data_parallel_ranks
 from hf_galore.lowrank_optimizer import OptimizerSteps
 from hf_galore.lowrank_targets import forward_name, sharing_inputs, swappable
 from hf_galore.messages import clamped_rank
+from hf_galore.nn.host_weight import HostWeight, to_device, to_host
 from hf_galore.optim.optimizer import warn_once
 from hf_galore.param_groups import ALL_LINEAR, find_targets, group_parameters
 from hf_galore.shards import is_sharded
@@ -57,6 +59,7 @@ class LowRankBackward:
         self.observe: Observer | None = None  # is told of each refresh, with B of the (first) layer of the basis
         self.hides_updates = True  # state dicts have no small parameters
         self.gradients_complete: Callable[[], bool] = lambda: True  # False while further micro-batches are to come
+        self.link: Link | None = None  # between host and device, with offload_masters
         self._hooks: list[Any] = []
         self._warned: set[str] = set()
 
@@ -157,6 +160,8 @@ class LowRankBackward:
         """Swaps the layers' forwards, freezes their weights and registers the small parameters. Idempotent."""
         if self._hooks:
             return
+        if self.settings.offload_masters:
+            self._offload()
         object.__setattr__(self.model, _ENABLED, self)  # not through nn.Module: this is no part of the model
         for layer, module in self._modules():
             module.weight.requires_grad_(False)
@@ -197,6 +202,18 @@ class LowRankBackward:
             layer.own_update = layer.update
             del module._parameters[UPDATE]
             module.weight.requires_grad_(not holds_codes(module))
+        for layer in self._layers:
+            if isinstance(layer.weight, HostWeight):
+                layer.weight, layer.link = to_device(layer.weight), None
+
+    def _offload(self) -> None:
+        """Moves the weights to the host; raises ValueError for other than BitLinear, and among several processes."""
+        if data_parallel_ranks() is not None:
+            raise ValueError("offload_masters runs in a single process; among several use ZeRO's offload_param")
+        if self.link is None:
+            self.link = Link(self._layers[0].weight.stored.device)
+        for layer in self._layers:
+            layer.weight, layer.link = to_host(layer.weight, self.link), self.link
 
     def _modules(self) -> list[tuple[LowRankLayer, nn.Module]]:
         return [(layer, module) for layer in self._layers for module in layer.modules]
@@ -266,6 +283,7 @@ def enable(
     seed: int = 0,
     gradient_accumulation_steps: int = 1,
     share_inputs: bool | Sequence[Sequence[str]] = False,
+    offload_masters: bool = False,
 ) -> LowRankBackward:
     """Swaps the model's target layers for the projected backward, in place, and returns the object that steers it.
 
@@ -295,6 +313,9 @@ def enable(
         gradient_accumulation_steps: backward passes before each optimizer step. Only refresh='exact' asks for it.
         share_inputs: one basis, that of the stacked gradients, and one x Q for sibling modules that are given the same
             input: True for the usual ones (q/k/v, gate/up), or lists of names. It needs `streaming` and `right`.
+        offload_masters: of a model whose targets are all BitLinear, their weights, small parameters and optimizer
+            state stay in the memory of the host. Codes in two bits travel to the device, low-rank gradients back;
+            `engine.link` counts the bytes. It needs `streaming` and a single process.
 
     Raises:
         ValueError: an option is unknown or does not go with another, nothing can be swapped, or a target is quantized
@@ -320,6 +341,7 @@ def enable(
         seed=seed,
         gradient_accumulation_steps=gradient_accumulation_steps,
         share_inputs=share_inputs,
+        offload_masters=offload_masters,
     )
     disable(model)
     with whole_shapes(model):

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_galore import schedule
 from hf_galore.bases import gram, method_at, normal, random, seeded
 from hf_galore.basis_store import State, basis_format
+from hf_galore.link import Link
 from hf_galore.lowrank_layer import LowRankLayer, Settings, data_parallel_ranks
 from hf_galore.lowrank_store import Momentum
 from hf_galore.messages import unfit_gradient
@@ -57,6 +58,7 @@ class LayerBasis:
         self._made: Tensor | None = None  # the basis of Z
         self.candidate: State | None = None  # the basis that is to be adopted, as it is kept
         self._found: SubspaceStatistics | None = None  # of the candidate, where the engine is observed
+        self._sent: tuple[State, Tensor] | None = None  # what was kept, and the basis of it on the device
         self._pass = -1  # the backward pass that added last
         self._shared: tuple[Tensor, int, Tensor, int] | None = None  # x, its version, x Q, layers that may still ask
         m, n = first.weight.shape
@@ -82,6 +84,14 @@ class LayerBasis:
     def matrix(self) -> Tensor:
         """Q or P, the basis in force."""
         return self._format.decode(self.kept)
+
+    def on(self, device: torch.device, link: Link | None) -> Tensor:
+        """The basis in force on the device; through the link if there is one, and then once for each basis."""
+        if link is None:
+            return self.matrix.to(device)
+        if self._sent is None or self._sent[0] is not self.kept or self._sent[1].device != device:
+            self._sent = (self.kept, link.send(self.matrix))
+        return self._sent[1]
 
     @property
     def _early(self) -> int:
@@ -156,7 +166,8 @@ class LayerBasis:
             layer.full = grad if layer.full is None else layer.full.add_(grad)
         else:
             assert layer.test_matrix is not None
-            test = layer.test_matrix.to(device=x.device, dtype=self.work)
+            test = layer.test_matrix if layer.link is None else layer.link.send(layer.test_matrix)
+            test = test.to(device=x.device, dtype=self.work)
             if self.engine.observe is not None:
                 test = torch.cat((test, self._probes(layer, test)), dim=1)
             part = matmul(x.mT, matmul(gy, test)) if self.right else matmul(gy.mT, matmul(x, test))
@@ -197,6 +208,9 @@ class LayerBasis:
         """The left singular vectors of Z, and what an observer is told of them."""
         if self.sketch is None:
             return
+        link = self.layers[0].link
+        if link is not None:
+            self.sketch = link.receive(self.sketch)
         self.sketch, probed = self.sketch[:, : self.rank], self.sketch[:, self.rank :]
         if self.momenta is not None:
             self._add_momenta(self.momenta)
@@ -290,7 +304,7 @@ class LayerBasis:
         return basis
 
     def _random(self, size: int) -> Tensor:
-        device = self.layers[0].weight.stored.device
+        device = self.layers[0].own_update.device
         like = torch.empty(size, self.rank, dtype=self.work, device="cpu" if device.type == "meta" else device)
         return random(like, self.rank, Left(), None, self._seed(0, size))[0]
 

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_galore.checks import check_choice, check_integer
+from hf_galore.checks import check_boolean, check_choice, check_integer
 from hf_galore.frozen_weight import FrozenWeight
+from hf_galore.link import HOST, Link, StandIn
 from hf_galore.low_rank_options import check_low_rank
 from hf_galore.lowrank_store import UpdateStorage
 from hf_galore.ops import product_dtype
@@ -53,6 +54,7 @@ class Settings:
     seed: int = 0
     gradient_accumulation_steps: int = 1
     share_inputs: bool | Sequence[Sequence[str]] = False
+    offload_masters: bool = False
 
     def __post_init__(self) -> None:
         if self.moments is None:
@@ -67,6 +69,9 @@ class Settings:
         check_integer("seed", self.seed, low=0)
         if self.source == "moment" and self.refresh != "streaming":
             raise ValueError("source='moment' needs refresh='streaming'")
+        check_boolean("offload_masters", self.offload_masters)
+        if self.offload_masters and self.refresh != "streaming":
+            raise ValueError("offload_masters needs refresh='streaming', which forms no full gradient on the device")
         if self.siblings and (self.refresh != "streaming" or self.proj_type != "right"):
             raise ValueError("share_inputs needs refresh='streaming' and proj_type='right'")
 
@@ -96,8 +101,9 @@ class LowRankLayer:
         self.full: Tensor | None = None  # G, in an exact refresh
         self.uses = 0  # forward passes through it in the step of a refresh
         shape = (m, self.rank) if self.right else (self.rank, n)
-        stored = self.weight.stored
-        self.own_update = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=stored.device))
+        device = HOST if settings.offload_masters else self.weight.stored.device
+        self.own_update = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=device))
+        self.link: Link | None = None  # to the device that computes, where W and B are in host memory
         self.storage = UpdateStorage()
         self.attached = False  # to an optimizer, whose steps wake B and fold it
         self.basis: LayerBasis  # it sets both of these
@@ -152,10 +158,11 @@ class LowRankLayer:
             y = nn.functional.linear(x, dense(weight, decode, dtype), bias)
             return y if back is None else y.to(back)
         product = product_dtype(x.dtype, x.device) if device == "cpu" else x.dtype
-        basis = self.basis.matrix.to(device=x.device, dtype=product)
+        basis = self.basis.on(x.device, self.link).to(product)
         kept = self.basis.project(given, x, basis) if self.right else x.detach()
         numbers = (self.right, self.decay, self.settings.scale, pending)
-        y = ProjectedLinear.apply(x, weight, decode, bias, self.update, kept, basis, *numbers)
+        update = self.update if self.link is None else StandIn.apply(self.update, self.link)
+        y = ProjectedLinear.apply(x, weight, decode, bias, update, kept, basis, *numbers)
         if self.basis.tapping and y.requires_grad:
             y = TapGradient.apply(y, x.detach(), self._receive)
         return y if back is None else y.to(back)

@@ -318,6 +318,7 @@ _LAYERWISE_KEYS: dict[str, Callable[[str], Any]] = {
     "refresh": str,
     "fold_every": int,
     "share_inputs": _boolean,
+    "offload_masters": _boolean,
 }
 _OPTIMIZER_KEYS: dict[str, Callable[[str], Any]] = {
     "state_dtype": _state_dtype,

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_galore.frozen_weight import ROUNDING
+from hf_galore.link import Link
 from hf_galore.nn.functional import StraightThrough, Ternary, absmax_int8, absmean_ternary
 from hf_galore.nn.shared_activations import SharedActivations
 from hf_galore.nn.ternary_weight import TernaryWeight
@@ -39,6 +40,7 @@ class BitLinear(nn.Linear):
         weight_lambda, activation_lambda: how far they are quantized, from 0 (W, x) to 1 (default); in between
             W + λ(Qt(W) − W) and x + λ(Q8(x) − x).
         quantized: False makes it nn.Linear with `weight` in `original_dtype`.
+        link: where it computes, if the weight is in the memory of the host; None: where the weight is.
         effective: makes of `weight` what it stands for, where another object holds a part of it; None: itself.
     """
 
@@ -77,6 +79,8 @@ class BitLinear(nn.Linear):
             self.rms_norm = nn.RMSNorm(self.in_features, rms_norm_eps, device=self.weight.device)
         self.shared: SharedActivations | None = None
         self.effective: Callable[[Tensor], Tensor] | None = None
+        self.link: Link | None = None
+        self._written = 0
         self.requantize()
 
     def stop(self) -> None:
@@ -86,16 +90,22 @@ class BitLinear(nn.Linear):
 
     def requantize(self) -> None:
         """Forgets the codes, so that the next use makes them again."""
-        self._made_of: tuple[int, ...] | None = None
+        self._written += 1
+        self._made_of: tuple[Any, ...] | None = None
         self._ternary: Ternary | None = None
+
+    def value_key(self) -> tuple[Any, ...]:
+        """What changes whenever the value of the weight may have changed."""
+        weight = self.weight
+        version = 0 if weight.is_inference() else weight._version
+        return id(weight), local(weight).data_ptr(), weight.device, version, _steps.taken, self._written
 
     def ternary(self) -> Ternary:
         """The codes and the scale of the weight as it is now."""
-        weight = self.weight
         if torch.compiler.is_compiling():  # what follows cannot be traced, and the compiler fuses this
             return absmean_ternary(self.whole_weight())
-        made_of = (id(weight), local(weight).data_ptr(), 0 if weight.is_inference() else weight._version, _steps.taken)
-        if self._ternary is None or self._made_of != made_of or self._ternary.codes.device != weight.device:
+        made_of = self.value_key()
+        if self._ternary is None or self._made_of != made_of:
             with torch.no_grad(), torch.inference_mode(False):  # for use in training, whoever asks first
                 self._ternary = absmean_ternary(self.whole_weight())
             self._made_of = made_of
@@ -103,7 +113,7 @@ class BitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.quantized:
-            return linear(x, self.plain_weight(), self.bias)
+            return linear(x, self.plain_weight().to(x.device), self.bias)
         x = self.normalized(x)
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
@@ -166,9 +176,15 @@ class BitLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BitLinear":
         """nn.Module's, but the weight keeps its precision: model.to(torch.bfloat16) and .half() only move it."""
-        weight, gradient = self.weight, self.weight.grad
+        weight, gradient, link = self.weight, self.weight.grad, self.link
+        on_host = [] if link is None else [param for name, param in self._parameters.items() if name != "bias"]
 
         def moved(tensor: Tensor) -> Tensor:
+            if link is not None and any(
+                tensor is param or tensor is param.grad for param in on_host if param is not None
+            ):
+                link.device = fn(tensor.detach()[:0]).device
+                return tensor
             result = fn(tensor)
             if _masters_may_be_cast or result.dtype not in _LOW or (tensor is not weight and tensor is not gradient):
                 return result
@@ -189,6 +205,8 @@ _ATTRIBUTES = (
     "rms_norm",
     "shared",
     "effective",
+    "link",
+    "_written",
     "_made_of",
     "_ternary",
 )

@@ -86,6 +86,24 @@ def test_bfloat16_trains_float32_masters(ours, tmp_path, optim, how):
         assert 0.0 < moved < 1e-5
 
 
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "galore_adamw_8bit_layerwise"])
+def test_masters_on_the_host_give_the_same_run_and_resume(ours, tmp_path, optim):
+    args = {"max_steps": STEPS, "max_grad_norm": 0.1, "gradient_accumulation_steps": 2, "weight_decay": 0.1}
+    plain = Run(optim, tmp_path / "plain").train(ternary(), **args)
+    args["optim_args"] = ", offload_masters=true"
+    whole = Run(optim, tmp_path / "whole").train(ternary(), save_strategy="steps", save_steps=3, **args)
+    resumed = Run(optim, tmp_path / "resumed").trainer(ternary(), **args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for trainer in (whole, resumed):
+        assert logged(trainer, "loss") == logged(plain, "loss")
+        assert_same(weights(trainer.model), weights(plain.model))
+
+
+def test_masters_of_other_layers_are_not_offloaded(ours, tmp_path):
+    with pytest.raises(ValueError, match="all targets must be BitLinear"):
+        Run("galore_adamw_layerwise", tmp_path).train(llama(), optim_args=", offload_masters=true")
+
+
 # λ.
 
 
