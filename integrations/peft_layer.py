@@ -80,7 +80,10 @@ class BitLinearLayer(BitLinear, BaseTunerLayer):
         return not self.disable_adapters and self.adapter in self.active_adapters
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.acts else linear(x, *self.original())
+        if self.acts:
+            return super().forward(x)
+        weight, bias = self.original()
+        return linear(x, weight.to(x.device), bias)
 
     def original(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias of before.

@@ -9,8 +9,9 @@
 A small Llama is trained from random weights. Every method has two rates: `lr_matrices` is that of the matrices of
 attention and MLP (GaLore's lr·scale; that of the adapters in LoRA), `lr_rest` that of embeddings and norms, which
 train in all methods. --grid tries rates with seed 0; without it each method runs with its best ones, or, where it has
-no grid of its own, with those of the method that it is tuned like. Every finished run adds a line to the CSV; runs
-that are in it already are skipped. --lr_matrices and --lr_rest take a part of the grid or extend it.
+no grid of its own, with those of the method that it is tuned like. The study `final`, a model of 10 M parameters,
+takes the rates that are best in `wide`, of 4 M, after as many steps and tokens. Every finished run adds a line to the
+CSV; runs that are in it already are skipped. --lr_matrices and --lr_rest take a part of the grid or extend it.
 """
 
 import argparse
@@ -110,7 +111,7 @@ WIDE = [name for name in METHODS if name not in ("LoRA", "ReLoRA")]
 FINAL = ["AdamW", "svd + keep (the paper)", "randomized + rotate", "streaming + rotate", "LoRA", "ReLoRA"]
 STUDIES = {
     "wide": Study(llama(256, 704, 4, 4, 4096), steps=500, rank=64, gap=50, batch=4, methods=WIDE),
-    "final": Study(llama(384, 1024, 6, 6, 8192), steps=600, rank=96, gap=50, batch=8, methods=FINAL),
+    "final": Study(llama(320, 864, 5, 6, 8192), steps=500, rank=80, gap=50, batch=4, methods=FINAL, tuned_in="wide"),
 }
 
 
@@ -153,9 +154,11 @@ def grid(options: argparse.Namespace) -> dict[Run, str]:
     }
 
 
-def at_best_rates(options: argparse.Namespace, lines: list[dict[str, str]]) -> dict[Run, str]:
+def at_best_rates(
+    options: argparse.Namespace, lines: list[dict[str, str]], elsewhere: list[dict[str, str]]
+) -> dict[Run, str]:
     """The runs of all seeds at the best rates, with the method whose grid these are from."""
-    found = {name: best(lines, name) for name in options.methods}
+    found = {name: best(lines, name) or best(elsewhere, name) for name in options.methods}
     untuned = dict.fromkeys(METHODS[name].tuned_like or name for name, rates in found.items() if rates is None)
     if untuned:
         first = shlex.join(["--study", options.study, "--grid", "--methods", *untuned])
@@ -164,7 +167,8 @@ def at_best_rates(options: argparse.Namespace, lines: list[dict[str, str]]) -> d
         )
     for run, whose in found.values():
         rates = f"lr_matrices {run.lr_matrices:g}, lr_rest {run.lr_rest:g}"
-        print(f"{run.method}: {rates}, from the grid of {whose}{edges(lines, run, whose)}")
+        tried = lines if best(lines, run.method) else elsewhere
+        print(f"{run.method}: {rates}, from the grid of {whose}{edges(tried, run, whose)}")
     return {run._replace(seed=seed): whose for seed in options.seeds for run, whose in found.values()}
 
 
@@ -196,9 +200,9 @@ def measure_all(options: argparse.Namespace, study: Study, runs: dict[Run, str])
 # The file.
 
 
-def read(options: argparse.Namespace, study: Study) -> list[dict[str, str]]:
-    """The lines of this study, text and number of steps."""
-    wanted = (options.study, text_name(options), str(study.steps))
+def read(options: argparse.Namespace, name: str, steps: int) -> list[dict[str, str]]:
+    """The lines of the study with this name, text and number of steps."""
+    wanted = (name, text_name(options), str(steps))
     return [
         line for line in result_file.read(options.results) if (line["study"], line["text"], line["steps"]) == wanted
     ]
@@ -227,11 +231,11 @@ def append(options: argparse.Namespace, study: Study, run: Run, rates_from: str,
     result_file.append(options.results, row)
 
 
-def table(lines: list[dict[str, str]], methods: Sequence[str]) -> str:
+def table(lines: list[dict[str, str]], elsewhere: list[dict[str, str]], methods: Sequence[str]) -> str:
     """The methods at their best rates in Markdown, over all seeds, the best first."""
     found = {}
     for name in methods:
-        chosen, _ = best(lines, name) or (None, "")
+        chosen, _ = best(lines, name) or best(elsewhere, name) or (None, "")
         same = [line for line in lines if chosen and run_of(line)._replace(seed=0) == chosen]
         if same:
             found[name] = same
@@ -282,11 +286,12 @@ def main() -> None:
         return
     study = STUDIES[options.study]
     study = study._replace(steps=options.steps or study.steps)
-    lines = read(options, study)
+    lines = read(options, options.study, study.steps)
+    elsewhere = read(options, study.tuned_in, STUDIES[study.tuned_in].steps) if study.tuned_in else []
     if options.table:
-        print(table(lines, options.methods))
+        print(table(lines, elsewhere, options.methods))
         return
-    wanted = grid(options) if options.grid else at_best_rates(options, lines)
+    wanted = grid(options) if options.grid else at_best_rates(options, lines, elsewhere)
     done = set(map(run_of, lines))
     runs = {run: rates_from for run, rates_from in wanted.items() if run not in done}
     print(f"{len(runs)} runs to do, {len(wanted) - len(runs)} in {options.results}", flush=True)
