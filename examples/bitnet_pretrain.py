@@ -4,16 +4,20 @@
     python examples/bitnet_pretrain.py --optim galore_adamw --config 60m --text texts/
 
 Arguments are those of pretrain.py. Each --optim trains both models, with the same data in the same order. The ternary
-one ends as a checkpoint of plain transformers, <output_dir>/<optim>_bitnet, which another process, without
-hf_galore, then continues a text with.
+one ends as a checkpoint of plain transformers, <output_dir>/<optim>_bitnet, with which another process, without
+hf_galore, then continues a text.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from pretrain import parse, train_in_child
 from report import table
+from transformers import Trainer
+
+import hf_galore
 
 PROMPT = "def "
 WRITE = """
@@ -33,7 +37,7 @@ def main() -> None:
     for optim in settings.optim:
         for bitlinear in (False, True):
             settings.bitlinear = bitlinear
-            result = train_in_child(settings, optim)
+            result = train_in_child(settings, optim, export if bitlinear else None)
             runs.append({**result, "optim": f"{optim}, {'ternary' if bitlinear else 'full precision'}"})
     (output_dir / "table.md").write_text(table(runs) + "\n")
     print(f"\n{table(runs)}")
@@ -41,6 +45,13 @@ def main() -> None:
         checkpoint = output_dir / f"{optim}_bitnet"
         written = write(checkpoint, output_dir / "corpus" / "tokenizer.json")
         print(f"\nplain transformers, from {checkpoint}:\n{written}")
+
+
+def export(trainer: Trainer, folder: Path) -> None:
+    """Saves the trained model for plain transformers."""
+    checkpoint = folder.with_name(folder.name.replace("_ternary", "_bitnet"))
+    shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier run
+    print(hf_galore.save_bitnet(trainer.model, checkpoint))
 
 
 def write(checkpoint: Path, tokenizer: Path) -> str:

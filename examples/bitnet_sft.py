@@ -9,6 +9,7 @@ transformers loads and, in another process without hf_galore, answers a question
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -89,6 +90,7 @@ def main() -> None:
     trainer.accelerator.print(f"train loss: {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end")
     if trainer.is_world_process_zero():
         folder = Path(config.output_dir) / "bitnet"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         report = hf_galore.save_bitnet(trainer.accelerator.unwrap_model(trainer.model), folder, tokenizer=tokenizer)
         *prompt, wanted = chats[0]["messages"]
         print(f"{report}\nquestion: {prompt[-1]['content']}\nanswer: {answer(folder, prompt)}")

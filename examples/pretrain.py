@@ -53,13 +53,16 @@ def main() -> None:
         print(f"\n{table(runs)}\n\nfigures: {output_dir / 'table.md'}\nlosses:  {output_dir / 'loss.png'}")
 
 
-def train_in_child(settings: argparse.Namespace, optim: str) -> dict:
+Finish = Callable[[Trainer, Path], None]  # is given the Trainer, and the folder of its checkpoints
+
+
+def train_in_child(settings: argparse.Namespace, optim: str, finish: Finish | None = None) -> dict:
     """`train` in a fresh interpreter."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as child:
-        return child.submit(train, settings, optim).result()
+        return child.submit(train, settings, optim, finish).result()
 
 
-def train(settings: argparse.Namespace, optim: str) -> dict:
+def train(settings: argparse.Namespace, optim: str, finish: Finish | None = None) -> dict:
     """Trains one model with one optimizer, evaluates it on the held-out text and returns the figures.
 
     They are also written to <output_dir>/<optim>.json (with --bitlinear <optim>_ternary.json). With settings.resume a
@@ -92,10 +95,8 @@ def train(settings: argparse.Namespace, optim: str) -> dict:
     trainer.add_callback(LossBar)
     print(f"\n{optim}: {model.num_parameters() / 1e6:.1f} million parameters on {arguments.device}", flush=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if settings.resume and folder.exists() else None)
-    if settings.bitlinear and trainer.is_world_process_zero():
-        print(
-            hf_galore.save_bitnet(trainer.accelerator.unwrap_model(trainer.model), folder.with_name(f"{optim}_bitnet"))
-        )
+    if finish is not None:
+        finish(trainer, folder)
     result = {
         "optim": optim,
         "perplexity": math.exp(trainer.evaluate()["eval_loss"]),
@@ -240,7 +241,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="runs/pretrain", help="where everything is written (%(default)s)")
     parser.add_argument("--save_steps", type=positive(int), help="steps between checkpoints (none are written)")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoints in output_dir")
-    parser.add_argument("--bitlinear", action="store_true", help="ternary matrices, exported to <optim>_bitnet")
+    parser.add_argument("--bitlinear", action="store_true", help="ternary matrices (BitNet b1.58)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, slower")
     for field in fields(Preset):
         if field.type is not bool:
