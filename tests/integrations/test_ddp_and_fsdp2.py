@@ -20,6 +20,7 @@ import trainer_cases
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from peft import get_peft_model
 from torch import Tensor, nn
 from torchrun import results_of
 from trainer_cases import Run, assert_same, build, distance, llama, logged, state_of, tokens, weights
@@ -61,6 +62,7 @@ CELLS = {
     "ternary": Cell(family="ternary"),
     "ternary, checkpointing": Cell(changes={"activation_checkpointing": True}, family="ternary"),
     "ternary, bf16": Cell("float32", {"bf16": True}, family="ternary"),
+    "ternary, peft": Cell(family="peft"),
 }
 OF_FSDP2 = {
     "checkpointing of FSDP2": Cell(fsdp={"activation_checkpointing": True}),
@@ -75,6 +77,8 @@ def model(cell: Cell) -> nn.Module:
     if cell.family == "gpt2":
         return build(transformers.GPT2Config, DTYPES[cell.dtype], attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     dense = llama(DTYPES[cell.dtype], attention_bias=False)  # the gradient of a key's bias is nothing but rounding
+    if cell.family == "peft":
+        return get_peft_model(dense, hf_galore.BitLinearConfig(task_type="CAUSAL_LM"))
     return hf_galore.replace_linear(dense) if cell.family == "ternary" else dense
 
 
