@@ -133,7 +133,7 @@ def multiplies_int8(tokens: Tensor, matrix: Tensor) -> bool:
     """Whether tokens (..., n) and a matrix (m, n) of integers are multiplied faster as such than in floating point."""
     if tokens.device.type == "cpu":
         return _CPU_MULTIPLIES_INT8
-    if tokens.device.type != "cuda" or torch.cuda.get_device_capability(tokens.device) < (8, 0):
+    if tokens.device.type != "cuda" or torch.cuda.get_device_properties(tokens.device).major < 8:
         return False
     m, n = matrix.shape
     return tokens.numel() // n > 16 and n % 8 == 0 and m % 8 == 0  # what cuBLAS asks for
