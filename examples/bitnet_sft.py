@@ -15,11 +15,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sft import CHAT_TEMPLATE, load_chats, make_tiny
+from sft import CHAT_TEMPLATE, load_chats, make_tiny, parse_arguments
 from sft import ScriptArguments as SftArguments
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
-from transformers.utils import is_torch_bf16_gpu_available
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoTokenizer, set_seed
+from trl import SFTTrainer
 
 import hf_galore
 
@@ -33,8 +32,7 @@ inputs = tokenizer.apply_chat_template(
 output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
-# First values to try, for a real model and for the tiny one made here: random weights need larger steps.
-REAL = {"learning_rate": 5e-5, "rank": 256, "scale": 4.0, "num_train_epochs": 1}
+# First values to try for the tiny model made here: random weights need larger steps.
 TINY = {"learning_rate": 1e-2, "rank": 32, "scale": 1.0, "max_steps": 400, "per_device_train_batch_size": 32}
 
 
@@ -44,24 +42,11 @@ class ScriptArguments(SftArguments):
     teacher: float = field(default=0.0, metadata={"help": "share of the loss that is the model's own old logits"})
 
 
-def parse_arguments() -> tuple[ScriptArguments, SFTConfig]:
-    """Read the command line; the defaults depend on whether --model is given."""
-    alone = HfArgumentParser(ScriptArguments, add_help=False)
-    script = alone.parse_args_into_dataclasses(return_remaining_strings=True)[0]
-    parser = HfArgumentParser((ScriptArguments, SFTConfig), description=__doc__.splitlines()[0])
-    parser.set_defaults(optim="galore_adamw_layerwise", optim_target_modules="all-linear", assistant_only_loss=True)
-    parser.set_defaults(output_dir="bitnet_sft_output", logging_first_step=True, **(REAL if script.model else TINY))
-    if not is_torch_bf16_gpu_available():
-        parser.set_defaults(bf16=False)  # SFTConfig's default is True, which the Trainer refuses here
-    script, config = parser.parse_args_into_dataclasses()
-    if config.optim.startswith("galore") and config.optim_args is None:
-        config.optim_args = f"rank={script.rank}, update_proj_gap={script.update_proj_gap}, scale={script.scale}"
-    return script, config
-
-
 def main() -> None:
     hf_galore.register()
-    script, config = parse_arguments()
+    script, config = parse_arguments(
+        ScriptArguments, __doc__, TINY, optim="galore_adamw_layerwise", output_dir="bitnet_sft_output"
+    )
     set_seed(config.seed)
     chats = load_chats(script.data)
     tokenizer = AutoTokenizer.from_pretrained(script.model) if script.model else None

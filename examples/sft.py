@@ -41,13 +41,16 @@ class ScriptArguments:
     scale: float = field(default=4.0, metadata={"help": "factor on the low-rank update"})
 
 
-def parse_arguments() -> tuple[ScriptArguments, SFTConfig]:
+def parse_arguments(
+    kind: type[ScriptArguments] = ScriptArguments, text: str = __doc__, tiny: dict = TINY, **defaults: str
+) -> tuple[ScriptArguments, SFTConfig]:
     """Read the command line; the defaults depend on whether --model is given."""
-    model_parser = HfArgumentParser(ScriptArguments, add_help=False)
+    model_parser = HfArgumentParser(kind, add_help=False)
     script = model_parser.parse_args_into_dataclasses(return_remaining_strings=True)[0]
-    parser = HfArgumentParser((ScriptArguments, SFTConfig), description=__doc__.splitlines()[0])
+    parser = HfArgumentParser((kind, SFTConfig), description=text.splitlines()[0])
     parser.set_defaults(optim="galore_adamw", optim_target_modules="all-linear", assistant_only_loss=True)
-    parser.set_defaults(output_dir="sft_output", logging_first_step=True, **(REAL if script.model else TINY))
+    parser.set_defaults(output_dir="sft_output", logging_first_step=True, **(REAL if script.model else tiny))
+    parser.set_defaults(**defaults)
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)  # SFTConfig's default is True, which the Trainer refuses here
     script, config = parser.parse_args_into_dataclasses()

@@ -80,7 +80,7 @@ class PlainWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.master.dtype
+        return self.module.get_parameter("weight").dtype
 
     def add_lowrank_(self, left: Tensor, right: Tensor, *, alpha: float, beta: float, key: RoundingKey | None) -> None:
         weight = self.module.get_parameter("weight").detach()

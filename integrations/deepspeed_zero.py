@@ -75,7 +75,7 @@ class ShardedWeight(PlainWeight):
     """
 
     def __init__(self, weight: PlainWeight) -> None:
-        super().__init__(weight.module)
+        self.module, self.transposed = weight.module, weight.transposed
         self._shape, self._weight = torch.Size(weight.shape), weight
         self.round_input = weight.round_input
 

@@ -74,6 +74,7 @@ def main(output: Path) -> None:
             case(torch.ones(6))
         found[name] = counted.sizes
     (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()  # gloo may abort a process that ends while another still talks to it
     dist.destroy_process_group()
 
 
