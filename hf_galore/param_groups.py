@@ -171,10 +171,16 @@ def _candidates(model: nn.Module, trained_codes: Collection[int]) -> Iterator[tu
         if isinstance(module, nn.Linear) or is_conv1d(module):
             if isinstance(weight, nn.Parameter) and (weight.is_floating_point() or id(weight) in trained_codes):
                 yield path, weight
-        elif not isinstance(module, nn.modules.conv._ConvNd):
-            for name, param in module.named_parameters(recurse=False):
-                if param.dim() == 3 and param.is_floating_point() and 1 not in param.shape:
-                    yield f"{path}.{name}" if path else name, param
+        else:
+            yield from fused_experts(path, module)
+
+
+def fused_experts(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(path, parameter) of the experts of a mixture that the module at this path holds in one tensor each."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        for name, param in module.named_parameters(recurse=False):
+            if param.dim() == 3 and param.is_floating_point() and 1 not in param.shape:
+                yield f"{path}.{name}" if path else name, param
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -33,9 +33,9 @@ from hf_galore.integrations.peft_layer import (
     restore,
 )
 from hf_galore.integrations.peft_packed import check_packable, packed
-from hf_galore.nn.convert import RESTORED, SUB_NORM, check_convertible, share_activations
+from hf_galore.nn.convert import RESTORED, check_convertible, is_normed, share_activations
 from hf_galore.nn.originals import TensorFile
-from hf_galore.param_groups import ALL_LINEAR
+from hf_galore.param_groups import ALL_LINEAR, fused_experts
 
 MERGED = (*RESTORED, "packed")
 
@@ -138,7 +138,7 @@ class BitLinearModel(BaseTuner):
             self._originals.pop(target),
             adapter_name,
             quantize_activations=peft_config.quantize_activations,
-            use_rms_norm=peft_config.use_rms_norm or (peft_config.use_sub_norm and target_name in SUB_NORM),
+            use_rms_norm=is_normed(target_name, peft_config.use_rms_norm, peft_config.use_sub_norm),
             rms_norm_eps=peft_config.rms_norm_eps,
         )
 
@@ -222,10 +222,8 @@ class BitLinearModel(BaseTuner):
 def _refuse_experts(model: nn.Module) -> None:
     """Raises ValueError for experts of a mixture that are in one tensor."""
     for path, module in model.named_modules():
-        if not isinstance(module, nn.modules.conv._ConvNd):
-            for name, param in module.named_parameters(recurse=False):
-                if param.dim() == 3 and param.is_floating_point() and 1 not in param.shape:
-                    check_convertible(f"{path}.{name}", None)
+        for name, _ in fused_experts(path, module):
+            check_convertible(name, None)
 
 
 def _refuse_tied(model: nn.Module, targets: dict[str, nn.Module]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from peft import PeftConfig, PeftType
 
 from hf_galore.checks import check_boolean, check_number
+from hf_galore.nn.convert import check_norms
 from hf_galore.param_groups import ALL_LINEAR
 
 NAME = "HF_GALORE_BITLINEAR"  # the member of peft's enumeration; `hf_galore.integrations.peft` adds it
@@ -49,8 +50,7 @@ class BitLinearConfig(PeftConfig):
         for name in ("quantize_activations", "use_rms_norm", "use_sub_norm", "keep_original"):
             check_boolean(name, getattr(self, name))
         check_number("rms_norm_eps", self.rms_norm_eps, low=0.0)
-        if self.use_rms_norm and self.use_sub_norm:
-            raise ValueError("use_rms_norm puts a norm before every layer, use_sub_norm before some: choose one")
+        check_norms(self.use_rms_norm, self.use_sub_norm)
         _check_names("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             _check_names("exclude_modules", self.exclude_modules)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from hf_galore.integrations.peft_layer import BitLinearLayer
+from hf_galore.nn.packing import pack_ternary
 
 
 def check_packable(layers: dict[str, BitLinearLayer]) -> None:
@@ -34,7 +35,7 @@ def packed(layer: BitLinearLayer) -> nn.Module:
         use_rms_norm=norm is not None,
         rms_norm_eps=1e-6 if norm is None or norm.eps is None else norm.eps,
     )
-    module.weight.copy_(bitnet.pack_weights(codes.clone()))
+    module.weight.copy_(pack_ternary(codes))
     module.weight_scale.copy_(1 / s)
     if layer.bias is not None:
         module.bias.copy_(layer.bias.detach())

@@ -12,7 +12,6 @@ Every finished run adds a line to the CSV; runs that are in it already are skipp
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,10 +20,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 import result_file
-import torch
-import transformers
-
-import hf_galore
+from learning_rate_grid import origin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pretrain
@@ -130,12 +126,7 @@ def measure(runs: list[Run], options: argparse.Namespace) -> None:
                 "tokens": settings["max_steps"] * settings["batch_size"] * settings["seq_len"],
                 "parameters": result["parameters"],
                 "tokens_per_second": round(result["tokens_per_second"]),
-                "device": result["device"],
-                "threads": result["threads"],
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "hf_galore": hf_galore.__version__,
-                "command": shlex.join(["python", *sys.argv]),
+                **origin(result),
             }
             result_file.append(options.results, row)
 

@@ -95,6 +95,14 @@ def append(path: Path, run: Run, result: dict) -> None:
         "seed": settings["seed"],
         "perplexity": round(result["perplexity"], 3),
         "tokens_per_second": round(result["tokens_per_second"]),
+        **origin(result),
+    }
+    result_file.append(path, row)
+
+
+def origin(result: dict) -> dict[str, object]:
+    """The last columns of a run of `pretrain.train`: what it ran on, and how it is repeated."""
+    return {
         "device": result["device"],
         "threads": result["threads"],
         "torch": torch.__version__,
@@ -102,7 +110,6 @@ def append(path: Path, run: Run, result: dict) -> None:
         "hf_galore": hf_galore.__version__,
         "command": shlex.join(["python", *sys.argv]),
     }
-    result_file.append(path, row)
 
 
 if __name__ == "__main__":

@@ -42,20 +42,30 @@ def replace_linear(
             of norm are asked for.
         TypeError: `target_modules` is neither a string nor a list of strings.
     """
-    if use_rms_norm and use_sub_norm:
-        raise ValueError("use_rms_norm puts a norm before every layer, use_sub_norm before some: choose one")
+    check_norms(use_rms_norm, use_sub_norm)
     names = find_targets(model, target_modules)
     modules = dict(model.named_modules())
     paths = sorted(name.removesuffix(".weight") for name in names)
     for path in paths:
         check_convertible(path, modules.get(path))
     for path in paths:
-        norm = use_rms_norm or (use_sub_norm and path.rpartition(".")[2] in SUB_NORM)
+        norm = is_normed(path.rpartition(".")[2], use_rms_norm, use_sub_norm)
         to_bitlinear(
             modules[path], quantize_activations=quantize_activations, use_rms_norm=norm, rms_norm_eps=rms_norm_eps
         )
     share_activations(model)
     return model
+
+
+def check_norms(use_rms_norm: bool, use_sub_norm: bool) -> None:
+    """Raises ValueError if both kinds of norm are asked for."""
+    if use_rms_norm and use_sub_norm:
+        raise ValueError("use_rms_norm puts a norm before every layer, use_sub_norm before some: choose one")
+
+
+def is_normed(name: str, use_rms_norm: bool, use_sub_norm: bool) -> bool:
+    """Whether the target with this name in its parent gets an RMSNorm of its own."""
+    return use_rms_norm or (use_sub_norm and name in SUB_NORM)
 
 
 def check_convertible(path: str, module: nn.Module | None) -> None:

@@ -15,7 +15,7 @@ from hf_galore.frozen_weight import FrozenWeight
 from hf_galore.link import HOST, Link
 from hf_galore.nn.bitlinear import BitLinear
 from hf_galore.nn.functional import Ternary, absmean_ternary
-from hf_galore.nn.packing import PER_BYTE, pack_ternary, unpack_ternary
+from hf_galore.nn.packing import compact, expand
 from hf_galore.nn.ternary_weight import TernaryWeight
 
 
@@ -42,8 +42,8 @@ class HostWeight(TernaryWeight):
         if self._sent is None or self._made_of != made_of:
             with torch.no_grad(), torch.inference_mode(False):
                 codes, scale = absmean_ternary(self.bitlinear.whole_weight())
-                packed = codes if codes.shape[0] % PER_BYTE else pack_ternary(codes)
-                self._sent, self._made_of = Ternary(self.link.send(packed), self.link.send(scale)), made_of
+                self._sent = Ternary(self.link.send(compact(codes)), self.link.send(scale))
+            self._made_of = made_of
         return self._sent
 
     @property
@@ -56,8 +56,7 @@ class HostWeight(TernaryWeight):
 
 
 def _decoded(stored: Tensor, scale: Tensor) -> Tensor:
-    codes = stored if stored.dtype == torch.int8 else unpack_ternary(stored)
-    return codes * scale
+    return expand(stored) * scale
 
 
 def to_host(weight: FrozenWeight, link: Link) -> HostWeight:

@@ -26,6 +26,16 @@ def pack_ternary(codes: Tensor) -> Tensor:
     return packed
 
 
+def compact(codes: Tensor) -> Tensor:
+    """The codes in two bits each where 4 divides m, else as they are."""
+    return codes if codes.shape[0] % PER_BYTE else pack_ternary(codes)
+
+
+def expand(kept: Tensor) -> Tensor:
+    """The codes (m, n), int8, of what `compact` made."""
+    return kept if kept.dtype == torch.int8 else unpack_ternary(kept)
+
+
 def unpack_ternary(packed: Tensor) -> Tensor:
     """The codes (m, n), int8, that the bytes (m/4, n) hold."""
     return torch.cat([(packed >> 2 * i & 3).to(torch.int8) - 1 for i in range(PER_BYTE)])

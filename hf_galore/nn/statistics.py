@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_galore.nn.bitlinear import BitLinear
-from hf_galore.nn.packing import PER_BYTE, pack_ternary, unpack_ternary
+from hf_galore.nn.packing import compact, expand
 
 
 class TernaryStatistics(NamedTuple):
@@ -40,18 +40,10 @@ class CodesWatch:
             with self.gathered(layer.weight):
                 codes = layer.ternary().codes
             kept = self._before[number]
-            before = codes if kept is None else _unpacked(kept)
+            before = codes if kept is None else expand(kept)
             zero = codes == 0
             found = torch.stack([zero.sum(), (codes != before).sum(), (zero & (before == 0)).sum()])
             counts += found.to("cpu", torch.float64)
             size += codes.numel()
-            self._before[number] = _packed(codes)
+            self._before[number] = compact(codes)
         return TernaryStatistics(*(counts / size).tolist())
-
-
-def _packed(codes: Tensor) -> Tensor:
-    return codes if codes.shape[0] % PER_BYTE else pack_ternary(codes)
-
-
-def _unpacked(kept: Tensor) -> Tensor:
-    return kept if kept.dtype == torch.int8 else unpack_ternary(kept)
