@@ -58,6 +58,7 @@ def main() -> None:
         if number % 80 == 0:
             accelerator.print(f"step {number // 2}: loss {accelerator.reduce(loss.detach(), 'mean').item():.3f}")
     accelerator.print(f"loss at the end: {accelerator.reduce(loss.detach(), 'mean').item():.3f}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -269,8 +269,8 @@ def enable(
     proj_type: str = "right",
     *,
     refresh: str = "streaming",
-    moments: str | None = None,
-    subspace: str = "svd",
+    moments: str = LOW_RANK_DEFAULTS["moments"],
+    subspace: str = LOW_RANK_DEFAULTS["subspace"],
     random_from: int | None = None,
     source: str = "gradient",
     basis_dtype: str | None = None,
@@ -297,9 +297,8 @@ def enable(
         proj_type: `right` (default; keeps x Q (tokens, r) for the backward pass instead of x), `left` (must keep x),
             or `std`, the paper's choice by shape.
         refresh: `streaming` or `exact`; see the module's first lines.
-        moments: at a refresh, `rotate` (default of `streaming`), `keep` (default of `exact`), `align` or `reset`;
-            these and the following as in `hf_galore.optim.optimizer.LowRankOptimizer`.
-        subspace, random_from: the basis method, applied to G or to the sketch.
+        moments, subspace, random_from: as in `hf_galore.optim.optimizer.LowRankOptimizer`, and so are the following.
+            The basis method is applied to G or to the sketch.
         source: `moment` adds to the sketch that of the first moment; only with `streaming`.
         basis_dtype: how a basis is kept between uses; a random one is kept as it is here, not as its seed.
         equal_state: wide matrices on the right get the rank whose state is that of std.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_galore.checks import check_boolean, check_choice, check_integer
 from hf_galore.frozen_weight import FrozenWeight
 from hf_galore.link import HOST, Link, StandIn
-from hf_galore.low_rank_options import check_low_rank
+from hf_galore.low_rank_options import LOW_RANK_DEFAULTS, check_low_rank
 from hf_galore.lowrank_store import UpdateStorage
 from hf_galore.ops import product_dtype
 from hf_galore.param_groups import is_conv1d
@@ -40,8 +40,8 @@ class Settings:
     scale: float = 0.25
     proj_type: str = "right"
     refresh: str = "streaming"
-    moments: str | None = None
-    subspace: str = "svd"
+    moments: str = LOW_RANK_DEFAULTS["moments"]
+    subspace: str = LOW_RANK_DEFAULTS["subspace"]
     random_from: int | None = None
     source: str = "gradient"
     basis_dtype: str | None = None
@@ -57,8 +57,6 @@ class Settings:
     offload_masters: bool = False
 
     def __post_init__(self) -> None:
-        if self.moments is None:
-            object.__setattr__(self, "moments", "keep" if self.refresh == "exact" else "rotate")
         if self.stagger is None:
             object.__setattr__(self, "stagger", self.refresh == "streaming")
         check_choice("refresh", self.refresh, ("exact", "streaming"))

@@ -254,7 +254,8 @@ class TestAllocations:
 
     def test_exact_makes_one_only_in_a_refresh(self, build, proj_type, micro_batches):
         """One G at a time; with accumulation they live until the step. A decomposition has a copy and two factors."""
-        model, optimizer, _ = small_pair(build, proj_type=proj_type, refresh="exact", micro_batches=micro_batches)
+        options = {"refresh": "exact", "subspace": "svd", "micro_batches": micro_batches}
+        model, optimizer, _ = small_pair(build, proj_type=proj_type, **options)
         for step in range(6):
             recorder = one_step(model, optimizer, step, micro_batches)
             products = [entry for entry in recorder.big if "mm" in entry[0]]
@@ -264,7 +265,7 @@ class TestAllocations:
             assert recorder.alive == {}  # nothing large is left after the step
 
     def test_exact_staggered_makes_one_layers_at_a_time(self, build, proj_type, micro_batches):
-        options = {"refresh": "exact", "stagger": True, "micro_batches": micro_batches}
+        options = {"refresh": "exact", "subspace": "svd", "stagger": True, "micro_batches": micro_batches}
         model, optimizer, _ = small_pair(build, proj_type=proj_type, **options)
         one_step(model, optimizer, 0, micro_batches)
         for step in range(1, 9):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torchrun import results_of
+from torchrun import leave_together, results_of
 
 from hf_galore import GaLoreAdamW, galore_param_groups
 from hf_galore.lowrank_backward import enable
@@ -156,7 +156,7 @@ def main(output: Path) -> None:
         results |= {(engine, case): with_ddp(engine, case) for case in DDP}
         results |= {(engine, case): with_fsdp(engine, case) for case in FSDP}
     torch.save(results, output / f"rank{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave_together()
 
 
 @pytest.fixture(scope="module")

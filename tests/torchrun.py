@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 HERE = Path(__file__).resolve().parent
 
@@ -17,6 +18,12 @@ def torchrun(script: str, *arguments: Any, ranks: int, **variables: str) -> subp
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
     return subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True)
+
+
+def leave_together() -> None:
+    """The end of a rank's script: gloo may abort a process that ends while another still talks to it."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def results_of(script: str, output: Path, ranks: int) -> list[dict[Any, Any]]:

@@ -45,10 +45,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
     Group keys, as in galore-torch: `rank` (projected if present), `update_proj_gap`, `scale`, `proj_type` (std,
     reverse_std, right, left, full). Ours, for groups with a rank:
 
-        subspace      svd, randomized, gram, random, late_random: how a basis is made (`hf_galore.bases`)
+        subspace      randomized (default), svd (the paper), gram, random, late_random: how a basis is made
+                      (`hf_galore.bases`)
         random_from   the step from which `late_random` takes random bases
-        moments       at a refresh: keep (the paper), align (keep, with the new basis's signs as the old one's), rotate
-                      (LDAdam's formulas), reset (to zero, bias corrections included)
+        moments       at a refresh: rotate (default; LDAdam's formulas), keep (the paper), align (keep, with the new
+                      basis's signs as the old one's), reset (to zero, bias corrections included)
         source        what a basis is made of: gradient (the paper), or moment, the first moment as the gradient would
                       change it, (1 − β1)·G + β1·back(M)
         basis_dtype   how it is kept (`hf_galore.basis_store`): float32, bfloat16, int8, int4; None is as `state_dtype`

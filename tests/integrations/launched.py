@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field
 
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from trainer_cases import logged, tokens
@@ -44,6 +45,9 @@ def main() -> None:
     if args.process_index == 0:
         with open(script.result, "w") as file:
             json.dump(found, file)
+    if dist.is_initialized():
+        dist.barrier()  # gloo may abort a process that ends while another still talks to it
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

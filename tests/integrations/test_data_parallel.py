@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrun import results_of
+from torchrun import leave_together, results_of
 from trainer_cases import LAYERWISE, NAMES, Run, assert_same, llama, logged, state_of, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -106,3 +106,4 @@ def test_exact_refreshes_are_refused(ranks):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave_together()

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import get_peft_model
 from torch import Tensor, nn
-from torchrun import results_of
+from torchrun import leave_together, results_of
 from trainer_cases import Run, assert_same, build, distance, llama, logged, state_of, tokens, weights
 from transformers import LlamaForCausalLM
 
@@ -326,3 +326,4 @@ def test_what_fsdp_cannot_have_is_refused(two):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave_together()

@@ -15,7 +15,7 @@ import torch
 import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from torchrun import torchrun
+from torchrun import leave_together, torchrun
 from trainer_cases import Run, assert_same, llama, tokens
 
 import hf_galore
@@ -69,6 +69,7 @@ def main() -> None:
     found = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters() if UPDATE not in name}
     if args.process_index == 0:
         torch.save(found, options.folder / "weights.pt")
+    leave_together()
 
 
 def run(method: str, engine: str, *arguments: Any) -> subprocess.CompletedProcess:

@@ -17,6 +17,7 @@ from references import GaLoreAdamW as LiteralAdamW
 from references import ReferenceOptimizer
 
 KEYS = {"rank": 4, "update_proj_gap": 7, "scale": 0.25}
+PAPER = {"subspace": "svd", "moments": "keep"}  # which galore-torch does not know and does
 
 
 def run(tmp_path, proj_type, reference=None, changes=None, tied=False, **optim_args):
@@ -39,7 +40,7 @@ def run(tmp_path, proj_type, reference=None, changes=None, tied=False, **optim_a
     settings = {
         "optim": "galore_adamw",
         "optim_target_modules": ["attention", "mlp"],
-        "optim_args": ",".join(f"{key}={value}" for key, value in {**keys, **optim_args}.items()),
+        "optim_args": ",".join(f"{key}={value}" for key, value in {**keys, **PAPER, **optim_args}.items()),
         "learning_rate": 1e-2,
         "adam_epsilon": 1e-6,
         "max_steps": 30,

@@ -22,6 +22,7 @@ from trainer_cases import (
     weights,
 )
 
+from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.subspace import SUBSPACES
 
 STEPS, GAP = 6, 3
@@ -66,7 +67,7 @@ def assert_resumes(run, model, cut, whole=None, **changes):
 VARIANTS = ["", ", refresh=exact", ", stagger=true, state_dtype=bfloat16"]
 KINDS = [(m, p, "") for m in METHODS for p in PRECISIONS]
 KINDS += [(m, p, variant) for m in LAYERWISE for p in PRECISIONS for variant in VARIANTS]
-KINDS += [(METHODS[0], "bfloat16", f", subspace={name}") for name in SUBSPACES if name != "svd"]
+KINDS += [(METHODS[0], "bfloat16", f", subspace={name}") for name in SUBSPACES if name != LOW_RANK_DEFAULTS["subspace"]]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)

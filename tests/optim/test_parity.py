@@ -70,7 +70,8 @@ def train(make_optimizer, shape, dtype, group, lean=0.5):
 
 
 def group(proj_type, **more):
-    return {"rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": proj_type, **more}
+    paper = {"subspace": "svd", "moments": "keep"}
+    return {"rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": proj_type, **paper, **more}
 
 
 def ours(rule, **more):

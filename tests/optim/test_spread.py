@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
-from torchrun import results_of
+from torchrun import leave_together, results_of
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, shards
 from hf_galore.statistics import SubspaceStatistics
@@ -132,7 +132,7 @@ def main(output: Path) -> None:
         optimizer.step()
     results["refused"]["columns"] = str(caught.value)
     torch.save(results, output / f"rank{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave_together()
 
 
 @pytest.fixture(scope="module")
