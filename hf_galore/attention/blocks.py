@@ -61,8 +61,8 @@ def observed(
         delimiters: token ids, see `Sequences`.
 
     Raises, besides the errors of `find_blocks`, in the forward pass:
-        ValueError: a block puts out something else than hidden states (batch, tokens, d), runs more than once, or has
-            no weights (batch, heads, tokens, tokens) to show; the sequences are no whole ones.
+        ValueError: a block puts out something else than hidden states (batch, tokens, d), runs more than once, has no
+            weights (batch, heads, tokens, tokens) to show, or has them of windows; the sequences are no whole ones.
     """
     blocks = find_blocks(model)
     watch = _Watch(model, delimiters, on_hidden, on_weights)
@@ -95,11 +95,12 @@ class _Watch:
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._sequences: Sequences | None = None
         self._ran: set[int] = set()
+        self._weighed: dict[int, tuple[int, ...]] = {}  # (batch, tokens) of the weights that a block has shown
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # the names may be fewer than the arguments (*args) or more
         self._sequences = sequences_of(dict(zip(self._parameters, args, strict=False)) | kwargs, self.delimiters)
-        self._ran = set()
+        self._ran, self._weighed = set(), {}
 
     def end(self, *_: Any) -> None:
         self._sequences = None
@@ -113,6 +114,8 @@ class _Watch:
                 raise ValueError(f"model: {name} does not put out hidden states (batch, tokens, d)")
             if index in self._ran:
                 raise ValueError(f"model: {name} runs more than once in a forward pass")
+            if self._weighed.get(index, h.shape[:2]) != h.shape[:2]:
+                raise ValueError(f"attention: {name} attends within parts of the sequences; leave attention out")
             self._ran.add(index)
             changed = self.on_hidden(index, h, self._sequences)
             if changed is None:
@@ -126,12 +129,22 @@ class _Watch:
             if self._sequences is None or self.on_weights is None:
                 return
             parts = output if isinstance(output, tuple) else ()
-            weights = next((part for part in parts if isinstance(part, Tensor) and part.ndim == 4), None)
-            if weights is None or weights.shape[-2] != weights.shape[-1]:
+            weights = next((part for part in reversed(parts) if isinstance(part, Tensor) and part.ndim == 4), None)
+            if weights is None or not _are_weights(weights):
                 raise ValueError(
                     f"attention: {type(attention).__name__} of {name} does not show weights (batch, heads, tokens, "
-                    "tokens); they need attn_implementation='eager' and no static cache"
+                    "tokens): they need attn_implementation='eager' and no static cache; or leave attention out"
                 )
+            self._weighed[index] = weights.shape[0], weights.shape[-1]
             self.on_weights(index, weights, self._sequences)
 
         return hook
+
+
+def _are_weights(weights: Tensor) -> bool:
+    """Whether (batch, heads, tokens, tokens) are weights of attention: of each query at least 0, and at most 1 in sum.
+
+    Other states of a module may have that shape. The sum is below 1 where a sink takes a part.
+    """
+    square = weights.shape[-2] == weights.shape[-1]
+    return square and not bool((weights < 0).any() | (weights.sum(-1) > 1.01).any())

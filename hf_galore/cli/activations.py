@@ -97,15 +97,17 @@ def _change(text: str) -> str | float:
 
 
 def _draw(report: ActivationReport, model: Any, batch: dict[str, Any], folder: Path) -> None:
-    from hf_galore.integrations.activation_plots import draw_landscapes, draw_sinks, draw_top
+    """Write the three pictures, of a sequence's beginning and of the report."""
+    from hf_galore.integrations.activation_plots import landscapes, sink_map, top_curves
 
     first = batch | {"input_ids": batch["input_ids"][:1, :_TOKENS]}
     with evaluation(model):
         found = landscape(model, first, _interesting(report))
-    draw_landscapes(found, folder / "magnitudes.png")
-    draw_top(report, folder / "top.png")
+    figures = {"magnitudes": landscapes(found), "top": top_curves(report)}
     if report.sink_score is not None:
-        draw_sinks(report, folder / "sinks.png")
+        figures["sinks"] = sink_map(report)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
 
 
 def _interesting(report: ActivationReport) -> list[int]:

@@ -15,17 +15,24 @@ from activation_cases import (
     DIED,
     HIDDEN,
     MASSIVE,
+    PADDINGS,
     PATCH,
     PLANTED,
     SIGN,
     SIZE,
     START,
+    Boom,
     blocks_of,
+    delimiters,
+    dtype_for,
     hidden_states,
     hooks,
     inputs,
+    kind_of,
     make,
+    padded,
     plant,
+    raise_boom,
     tokens,
 )
 from torch import nn
@@ -35,49 +42,6 @@ from hf_galore.attention.blocks import find_blocks
 from hf_galore.attention.criterion import Criterion
 
 LOW = Criterion(magnitude=0.02, ratio=2.0)  # that the activations of random models meet now and then
-PADDINGS = [
-    *((name, None) for name in CONFIGS),
-    *((name, side) for name in CONFIGS if name != "vit" for side in ("right", "left")),  # images have none
-]
-
-
-def delimiters(name):
-    return () if name == "vit" else (DELIMITER,)
-
-
-def padded(name, side, batch=3, length=12):
-    """Rows of 12, 9 and 6 tokens in one batch, without START and DELIMITER in the padding."""
-    given = inputs(name, batch, length)
-    if side is None:
-        return given
-    ids = given["input_ids"].clone()
-    mask = torch.ones_like(ids)
-    for row in range(batch):
-        spare = 3 * row
-        if side == "right" and spare:
-            mask[row, length - spare :] = 0
-        elif side == "left" and spare:
-            ids[row] = ids[row].roll(spare)
-            mask[row, :spare] = 0
-    ids[mask == 0] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def dtype_for(name, side):
-    """float64 where transformers has it.
-
-    Its eager softmax is in float32, where the mask's −1.8e308 makes a row that is masked everywhere NaN; its products
-    of experts are not for float64.
-    """
-    return torch.float32 if side is not None or name == "mixtral" else torch.float64
-
-
-def kind_of(position, ids):
-    """start, first_delimiter or other, by counting."""
-    if position == 0:
-        return "start"
-    before = [] if ids is None else [at for at in range(1, len(ids)) if ids[at] == DELIMITER]
-    return "first_delimiter" if before[:1] == [position] else "other"
 
 
 def literal(states, batch, criterion, top):
@@ -238,6 +202,17 @@ def test_recording_changes_nothing():
         assert torch.equal(model(**batch).logits, before)
 
 
+def test_models_of_peft_are_reported_on():
+    from peft import LoraConfig, get_peft_model
+
+    batch = padded("llama", "right")
+    wanted = massive_activations(plant(make("llama", torch.float32)), [batch], delimiters=(DELIMITER,)).to_dict()
+    model = get_peft_model(plant(make("llama", torch.float32)), LoraConfig(target_modules="all-linear"))
+    report = massive_activations(model, [batch], delimiters=(DELIMITER,)).to_dict()
+    assert report["sites"] == wanted["sites"]
+    assert [block["name"] for block in report["blocks"]] == [f"base_model.model.{b['name']}" for b in wanted["blocks"]]
+
+
 def test_what_is_recomputed_counts_once():
     """Gradient checkpointing runs the attention of every block again in the backward pass."""
     model, ids = make("llama"), tokens(2, 8)
@@ -250,14 +225,6 @@ def test_what_is_recomputed_counts_once():
     counter.remove()
     assert len(runs) == 2
     assert recorder.report().to_dict() == wanted
-
-
-class Boom(Exception):
-    """Of the tests."""
-
-
-def raise_boom(*_):
-    raise Boom
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -309,20 +276,24 @@ def test_memory_does_not_depend_on_the_length_of_the_text():
     assert alive[0] == alive[1]
 
 
-def test_no_hidden_state_outlives_the_next_block():
-    """Nor do the weights of its attention: only those of one block are there at a time."""
-    model, seen, alive = make("gpt2"), [], []
+def test_weights_outlive_no_block_and_hidden_states_no_pass():
+    """Of attention weights, those of one block are there at a time."""
+    model, weights, states, alive = make("gpt2"), [], [], []
 
-    def note(module, args, output):
-        alive.append(sum(one() is not None for one in seen))
-        tensor = output[1] if isinstance(output, tuple) else output
-        seen.append(weakref.ref(tensor))
+    def note_weights(module, args, output):
+        alive.append(sum(one() is not None for one in weights))
+        weights.append(weakref.ref(output[1]))
+
+    def batches():
+        yield inputs("gpt2")
+        alive.append(sum(one() is not None for one in states))
 
     for block in blocks_of(model):
-        block.attn.register_forward_hook(note)
-    massive_activations(model, [inputs("gpt2")])
-    assert len(alive) == BLOCKS
-    assert max(alive) == 0
+        block.attn.register_forward_hook(note_weights)
+        block.register_forward_hook(lambda module, args, output: states.append(weakref.ref(output)))
+    massive_activations(model, batches())
+    assert len(states) == len(weights) == BLOCKS
+    assert alive == [0] * (BLOCKS + 1)
 
 
 def encoder_decoder():
@@ -339,6 +310,13 @@ def shared_block():
     return model
 
 
+def windows():
+    from transformers import SwinConfig, SwinModel
+
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 4}
+    return SwinModel(SwinConfig(**sizes, attn_implementation="eager"))
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "batch", "error", "match"),
     [
@@ -350,6 +328,13 @@ def shared_block():
             {"input_ids": tokens(1, 4), "use_cache": False},
             ValueError,
             r"layers\.[12] runs more than once in a forward pass",
+        ),
+        (
+            windows,
+            {"attention": True},
+            {"pixel_values": torch.zeros(1, 3, 32, 32)},
+            ValueError,
+            r"encoder\.layers\.0 attends within parts of the sequences; leave attention out",
         ),
         (lambda: make("llama"), {"top": 0}, {}, ValueError, "Invalid top: 0 - should be >= 1"),
         (lambda: make("llama"), {"top": 2.5}, {}, TypeError, "top=2.5 is not an integer"),

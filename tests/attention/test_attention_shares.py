@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from activation_cases import DELIMITER, HEADS, inputs, make, tokens
-from test_activations import PADDINGS, delimiters, dtype_for, kind_of, padded
+from activation_cases import DELIMITER, HEADS, PADDINGS, delimiters, dtype_for, inputs, kind_of, make, padded, tokens
 
 from hf_galore import massive_activations, record_activations
 
@@ -108,3 +107,15 @@ def test_attention_can_be_left_out():
     assert report.sink_score is None
     assert all(block.shares is None for block in report.blocks)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_other_states_of_that_shape_are_not_taken_for_weights():
+    """Linear attention returns a state (batch, heads, d, d), and here there are d = 8 tokens."""
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
+    model = MiniMaxForCausalLM(MiniMaxConfig(**sizes, num_hidden_layers=2, intermediate_size=32, num_local_experts=2))
+    with pytest.raises(ValueError, match=r"MiniMaxLightningAttention of model\.layers\.\d does not show weights"):
+        massive_activations(model.eval(), [{"input_ids": tokens(1, 8)}])
+    report = massive_activations(model, [{"input_ids": tokens(1, 8)}], attention=False)
+    assert len(report.blocks) == 2

@@ -12,14 +12,18 @@ from activation_cases import (
     MASSIVE,
     PLANTED,
     START,
+    Boom,
     blocks_of,
+    delimiters,
     hooks,
     inputs,
+    kind_of,
     make,
+    padded,
     plant,
+    raise_boom,
     tokens,
 )
-from test_activations import Boom, delimiters, kind_of, padded, raise_boom
 from torch import nn
 from torch.nn.functional import cross_entropy
 

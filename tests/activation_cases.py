@@ -1,7 +1,8 @@
 """Tiny models of transformers, and massive activations planted into them at a known place.
 
-A tiny random model has none. `plant` makes the tokens in MARKED carry a feature SIGN that one neuron of block BORN
-turns into SIZE at feature MASSIVE, and that one of block DIED takes away again. Nothing else writes these features.
+A tiny random model has none. `plant` makes START and DELIMITER, or two patches of an image, carry a feature SIGN that
+one neuron of block BORN turns into SIZE at feature MASSIVE, and that one of block DIED takes away again. Nothing else
+writes these features.
 """
 
 import torch
@@ -18,6 +19,9 @@ COMMON = {"hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "num_attention_hea
 TEXT = COMMON | {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": START, "eos_token_id": 2}
 LONG = {"max_position_embeddings": 128, "intermediate_size": 64}
 GROUPED = {"num_key_value_heads": 2}
+ONE = {"num_experts_per_tok": 1}
+EXPERTS = ONE | {"num_local_experts": 2}
+IMAGES = ("vit", "dinov2")
 
 
 def _config(name: str, **kwargs) -> transformers.PreTrainedConfig:
@@ -31,17 +35,24 @@ CONFIGS = {
     "gemma3": lambda: _config(
         "Gemma3Text", **TEXT, **LONG, **GROUPED, head_dim=8, sliding_window=6, query_pre_attn_scalar=8
     ),
-    "mixtral": lambda: _config("Mixtral", **TEXT, **LONG, **GROUPED, num_local_experts=2),
+    "mixtral": lambda: _config("Mixtral", **TEXT, **LONG, **GROUPED, **EXPERTS),
     "phi": lambda: _config("Phi", **TEXT, **LONG),
     "gpt2": lambda: _config("GPT2", **TEXT, n_positions=128),
     "opt": lambda: _config("OPT", **TEXT, ffn_dim=64, max_position_embeddings=128, word_embed_proj_dim=HIDDEN),
     "gpt_neox": lambda: _config("GPTNeoX", **TEXT, **LONG),
     "falcon": lambda: _config("Falcon", **TEXT, bias=True, alibi=False),
     "bloom": lambda: _config("Bloom", **TEXT),
+    "gptj": lambda: _config(
+        "GPTJ", vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=2, n_head=4, rotary_dim=4
+    ),
+    "gpt_oss": lambda: _config("GptOss", **TEXT, **LONG, **GROUPED, head_dim=8, **EXPERTS, sliding_window=6),
+    "qwen3_moe": lambda: _config(
+        "Qwen3Moe", **TEXT, **LONG, **GROUPED, head_dim=8, moe_intermediate_size=8, num_experts=2, **ONE
+    ),
+    "dinov2": lambda: _config("Dinov2", **COMMON, mlp_ratio=2, image_size=24, patch_size=8),
     "vit": lambda: _config("ViT", **COMMON, intermediate_size=64, image_size=24, patch_size=8),
 }
 PLANTED = ["llama", "mistral", "qwen3", "gpt2", "opt", "gpt_neox", "falcon", "bloom", "vit"]
-MARKED = {False: (START, DELIMITER), True: (0, PATCH)}  # token ids; of an image positions
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, attention: str = "eager", spread: float = 0.02) -> nn.Module:
@@ -50,7 +61,7 @@ def make(name: str, dtype: torch.dtype = torch.float64, attention: str = "eager"
     settings = CONFIGS[name]()
     settings.update({"init_std" if name == "opt" else "initializer_range": spread})
     settings._attn_implementation = attention
-    kind = transformers.AutoModelForImageClassification if name == "vit" else transformers.AutoModelForCausalLM
+    kind = transformers.AutoModelForImageClassification if name in IMAGES else transformers.AutoModelForCausalLM
     return kind.from_config(settings).to(dtype).eval()
 
 
@@ -64,7 +75,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 def inputs(name: str, batch: int = 3, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
     """Arguments of the model's forward, with delimiters at positions 4, 5, … of the rows, and again two further on."""
-    if name == "vit":
+    if name in IMAGES:
         generator = torch.Generator().manual_seed(seed)
         return {"pixel_values": torch.randn(batch, 3, 24, 24, generator=generator, dtype=torch.float64)}
     ids = tokens(batch, length, seed)
@@ -75,7 +86,7 @@ def inputs(name: str, batch: int = 3, length: int = 12, seed: int = 0) -> dict[s
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The model's list of blocks, by the names that these architectures have for it."""
-    found = [module for name, module in model.named_modules() if name.split(".")[-1] in ("layers", "h")]
+    found = [module for name, module in model.named_modules() if name.split(".")[-1] in ("layers", "layer", "h")]
     (blocks,) = found
     return blocks
 
@@ -191,3 +202,56 @@ def hooks(model: nn.Module) -> int:
         for module in model.modules()
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_backward_hooks")
     )
+
+
+PADDINGS = [
+    *((name, None) for name in CONFIGS),
+    *((name, side) for name in CONFIGS if name not in IMAGES for side in ("right", "left")),  # images have none
+]
+
+
+def delimiters(name):
+    return () if name in IMAGES else (DELIMITER,)
+
+
+def padded(name, side, batch=3, length=12):
+    """Rows of 12, 9 and 6 tokens in one batch, without START and DELIMITER in the padding."""
+    given = inputs(name, batch, length)
+    if side is None:
+        return given
+    ids = given["input_ids"].clone()
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        spare = 3 * row
+        if side == "right" and spare:
+            mask[row, length - spare :] = 0
+        elif side == "left" and spare:
+            ids[row] = ids[row].roll(spare)
+            mask[row, :spare] = 0
+    ids[mask == 0] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def dtype_for(name, side):
+    """float64 where transformers has it.
+
+    Its eager softmax is in float32, where the mask's −1.8e308 makes a row that is masked everywhere NaN; its products
+    of experts are not for float64.
+    """
+    return torch.float32 if side is not None or name in ("mixtral", "gpt_oss", "qwen3_moe") else torch.float64
+
+
+def kind_of(position, ids):
+    """start, first_delimiter or other, by counting."""
+    if position == 0:
+        return "start"
+    before = [] if ids is None else [at for at in range(1, len(ids)) if ids[at] == DELIMITER]
+    return "first_delimiter" if before[:1] == [position] else "other"
+
+
+class Boom(Exception):
+    """Of the tests."""
+
+
+def raise_boom(*_):
+    raise Boom
