@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from hf_galore.attention.report import ActivationReport
@@ -33,6 +34,7 @@ def top_curves(report: ActivationReport) -> Figure:
         axis.plot(blocks, [block.top[number] for block in report.blocks], marker=".", label=f"top {number + 1}")
     axis.plot(blocks, [block.median for block in report.blocks], color="black", linestyle="--", label="median")
     axis.set(xlabel="block", ylabel="magnitude", yscale="log", title="largest activations after each block")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     return figure
 
@@ -52,6 +54,7 @@ def sink_map(report: ActivationReport) -> Figure:
     axis = figure.add_subplot()
     image = axis.imshow(cells, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     axis.set(xlabel="head", ylabel="block", title="attention to the start token")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_yticks(range(len(shares)), list(map(str, shares)))
     figure.colorbar(image)
     return figure
