@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _HOME_OF = {
+    "ActivationReport": "hf_galore.attention.report",
     "BitLinear": "hf_galore.nn.bitlinear",
     "BitLinearConfig": "hf_galore.integrations.peft",
     "GaLoreAdafactor": "hf_galore.optim.adafactor",
@@ -19,7 +20,11 @@ _HOME_OF = {
     "TernaryLog": "hf_galore.integrations.bitlinear_callbacks",
     "distill": "hf_galore.integrations.distillation",
     "galore_param_groups": "hf_galore.param_groups",
+    "intervene": "hf_galore.attention.interventions",
+    "intervention_perplexity": "hf_galore.attention.interventions",
     "load_bitnet": "hf_galore.integrations.bitnet",
+    "massive_activations": "hf_galore.integrations.activations",
+    "record_activations": "hf_galore.attention.activations",
     "register": "hf_galore.integrations",
     "replace_linear": "hf_galore.nn.convert",
     "restore_linear": "hf_galore.nn.convert",
@@ -28,8 +33,13 @@ _HOME_OF = {
 }
 
 if TYPE_CHECKING:
+    from hf_galore.attention.activations import record_activations as record_activations
+    from hf_galore.attention.interventions import intervene as intervene
+    from hf_galore.attention.interventions import intervention_perplexity as intervention_perplexity
+    from hf_galore.attention.report import ActivationReport as ActivationReport
     from hf_galore.integrations import register as register
     from hf_galore.integrations import unregister as unregister
+    from hf_galore.integrations.activations import massive_activations as massive_activations
     from hf_galore.integrations.bitlinear_callbacks import LambdaWarmup as LambdaWarmup
     from hf_galore.integrations.bitlinear_callbacks import TernaryLog as TernaryLog
     from hf_galore.integrations.bitnet import load_bitnet as load_bitnet

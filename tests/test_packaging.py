@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = sorted(path for path in (ROOT / "hf_galore").rglob("*.py") if "integrations" not in path.parts)
 DOORS = {
     "__init__.py",
+    "cli/activations.py",
     "cli/env.py",
     "cli/run.py",
     "cli/plot_subspace.py",

@@ -1,0 +1,89 @@
+"""What kind of token is where in the sequences of a forward pass: the start, the first delimiter, others, padding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CLASSES = ("start", "first_delimiter", "other")
+_PADDING = -1
+
+
+def token_classes(valid: Tensor, ids: Tensor | None, delimiters: Sequence[int]) -> Tensor:
+    """The index in CLASSES of every token, −1 for padding: int64 (batch, tokens).
+
+    The start is the first token that is no padding. The first delimiter is the first token after it whose id is one of
+    `delimiters`.
+
+    Args:
+        valid: (batch, tokens), False for padding.
+        ids: (batch, tokens), or None if there are no delimiters.
+    """
+    classes = torch.full(valid.shape, CLASSES.index("other"), device=valid.device)
+    start = valid & (valid.cumsum(1) == 1)
+    if ids is not None and delimiters:
+        found = valid & ~start & torch.isin(ids, torch.tensor(list(delimiters), device=ids.device))
+        classes[found & (found.cumsum(1) == 1)] = CLASSES.index("first_delimiter")
+    classes[start] = CLASSES.index("start")
+    classes[~valid] = _PADDING
+    return classes
+
+
+class Sequences:
+    """The sequences of one forward pass, one a row.
+
+    Args:
+        ids: (batch, tokens), or None where the input is none, such as images.
+        mask: (batch, tokens), 0 for padding, or None: no padding.
+        delimiters: token ids.
+
+    Raises:
+        ValueError: the mask is not of that shape, or there are delimiters but no ids to compare with them.
+    """
+
+    def __init__(self, ids: Tensor | None, mask: Tensor | None, delimiters: Sequence[int] = ()) -> None:
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(f"attention_mask: of shape {tuple(mask.shape)}, where (batch, tokens) is needed")
+        if ids is None and delimiters:
+            raise ValueError("delimiters: the forward pass has no input_ids to compare with them; pass them by name")
+        self.ids, self.mask, self.delimiters = ids, mask, delimiters
+        self._classes: Tensor | None = None
+
+    def classes(self, h: Tensor) -> Tensor:
+        """The `token_classes` (batch, tokens) of hidden states (batch, tokens, d), on their device.
+
+        Raises:
+            ValueError: the hidden states are of more or fewer tokens than the ids or the mask.
+        """
+        shape = h.shape[:2]
+        for name, given in (("input_ids", self.ids), ("attention_mask", self.mask)):
+            if given is not None and given.shape != shape:
+                raise ValueError(f"{name}: of shape {tuple(given.shape)}, but a block has tokens {tuple(shape)}")
+        if self._classes is None or self._classes.shape != shape:
+            valid = torch.ones(shape, dtype=torch.bool, device=h.device) if self.mask is None else self.mask != 0
+            ids = None if self.ids is None else self.ids.to(valid.device)
+            self._classes = token_classes(valid, ids, self.delimiters)
+        if self._classes.device != h.device:
+            self._classes = self._classes.to(h.device)
+        return self._classes
+
+    def rows(self, h: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The (indices, classes) of the tokens of each sequence of h that are no padding."""
+        found = []
+        for classes in self.classes(h):
+            index = (classes != _PADDING).nonzero().squeeze(1)
+            found.append((index, classes[index]))
+        return found
+
+
+def sequences_of(given: dict[str, Any], delimiters: Sequence[int]) -> Sequences:
+    """The sequences among the arguments of a model's forward.
+
+    Raises:
+        ValueError: they go on from a cache, so that their beginnings are out of sight; or see `Sequences`.
+    """
+    cache = given.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("past_key_values: whole sequences are needed, not their continuations; use use_cache=False")
+    return Sequences(given.get("input_ids"), given.get("attention_mask"), delimiters)
