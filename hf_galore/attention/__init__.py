@@ -1,0 +1,1 @@
+"""Attention: explicit biases, sinks, caches, and a report of massive activations."""

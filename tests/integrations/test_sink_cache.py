@@ -1,0 +1,283 @@
+"""SinkCache, in models of many architectures: what StreamingLLM computes, however the tokens are fed."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from sink_cases import ARCHITECTURES, TOKENS, N, S, W, all_in_float64, build, fed, literal_logits, tokens
+from transformers import DynamicCache
+
+from hf_galore import SinkCache
+
+FEEDS = {
+    "token by token": None,
+    "one prompt": [TOKENS],
+    "pieces": [5, 1, 20, 1, 1, 2, TOKENS - 30],
+}
+PADDING = [0, 2, 7, N + 4]
+EXACT = {"rtol": 0, "atol": 1e-10}  # logits of size 6 in float64, through two layers
+# transformers' rotary tables are float32: angles of up to 60 radians, exact to 4e-6, in logits with slopes below 1
+SINGLE_TABLES = {"rtol": 0, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def case(request):
+    """(name, model, tokens, literal logits), all in float64."""
+    with all_in_float64():
+        model = build(request.param)
+        ids = tokens()
+        return request.param, model, ids, literal_logits(request.param, model, ids)
+
+
+@pytest.mark.parametrize("feed", FEEDS)
+def test_equals_recomputation_within_the_cache(case, feed):
+    _, model, ids, expected = case
+    with all_in_float64():
+        logits = fed(model, SinkCache(model, S, W), ids, FEEDS[feed])
+    torch.testing.assert_close(logits, expected, **EXACT)
+
+
+@pytest.mark.parametrize("feed", FEEDS)
+def test_padded_rows_equal_the_rows_alone(case, feed):
+    _, model, ids, expected = case
+    batch = torch.cat([torch.cat([torch.zeros_like(ids[:, :pad]), ids[:, : TOKENS - pad]], 1) for pad in PADDING])
+    mask = (torch.arange(TOKENS) >= torch.tensor(PADDING)[:, None]).long()
+    with all_in_float64():
+        logits = fed(model, SinkCache(model, S, W), batch, FEEDS[feed], attention_mask=mask)
+    for row, pad in enumerate(PADDING):
+        torch.testing.assert_close(logits[row : row + 1, pad:], expected[:, : TOKENS - pad], **EXACT)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_with_the_rotary_tables_of_transformers(name):
+    model, ids = build(name), tokens()
+    logits = fed(model, SinkCache(model, S, W), ids)
+    torch.testing.assert_close(logits, literal_logits(name, model, ids), **SINGLE_TABLES)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("pads", [[0, 0], [0, 3]], ids=["full", "padded"])
+def test_bit_identical_to_dynamic_cache_until_something_is_evicted(name, pads):
+    model, ids = build(name, torch.float32), tokens(N, rows=2)
+    mask = (torch.arange(N) >= torch.tensor(pads)[:, None]).long()
+    sizes = [5, 1, 1, N - 7]
+
+    def logits(cache):
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        out, seen = [], 0
+        for piece, place in zip(ids.split(sizes, 1), places.split(sizes, 1), strict=True):
+            seen += piece.shape[1]
+            step = model(piece, attention_mask=mask[:, :seen], position_ids=place, past_key_values=cache).logits
+            out.append(step)
+        return torch.cat(out, 1)[mask.bool()]
+
+    with torch.no_grad():
+        assert torch.equal(logits(SinkCache(model, S, W)), logits(DynamicCache(config=model.config)))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("n_sink", [0, 1, 4])
+def test_numbers_of_sinks_and_attention_implementations(attention, n_sink):
+    ids = tokens()
+    with all_in_float64():
+        model = build("llama", attention=attention)
+        expected = literal_logits("llama", model, ids, n_sink, W)
+        for sizes in FEEDS.values():
+            torch.testing.assert_close(fed(model, SinkCache(model, n_sink, W), ids, sizes), expected, **EXACT)
+
+
+def test_one_layer_equals_the_model_without_a_cache_on_the_kept_tokens():
+    ids = tokens()
+    with all_in_float64():
+        model = build("llama", num_hidden_layers=1)
+        logits = fed(model, SinkCache(model, S, W), ids)
+        for last in range(TOKENS):
+            kept = [*range(min(S, last + 1)), *range(max(S, last + 1 - W), last + 1)]
+            with torch.no_grad():
+                alone = model(ids[:, kept], position_ids=torch.arange(len(kept))[None], use_cache=False).logits
+            torch.testing.assert_close(logits[:, last], alone[:, -1], **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_as_good_as_rotating_anew(dtype):
+    ids = tokens(40 * N)
+    exact = literal_logits("llama", build("llama"), ids)
+    model = build("llama", dtype)
+    literal = (literal_logits("llama", model, ids).double() - exact).abs().mean()
+    ours = (fed(model, SinkCache(model, S, W), ids).double() - exact).abs().mean()
+    assert ours <= 1.2 * literal
+
+
+def greedy(model, cache, ids, count, **kwargs):
+    options = {"max_new_tokens": count, "do_sample": False, "past_key_values": cache}
+    options |= {"attention_mask": torch.ones_like(ids)} | kwargs  # or generate() takes tokens 0 for padding
+    return model.generate(ids, **options)
+
+
+def by_hand(model, ids, count):
+    """The greedy tokens of a loop over the literal logits."""
+    for _ in range(count):
+        ids = torch.cat([ids, literal_logits("llama", model, ids)[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("prompt", [4, 2 * N])
+def test_generate_equals_a_loop(prompt):
+    model, ids = build("llama"), tokens(prompt)
+    assert torch.equal(greedy(model, SinkCache(model, S, W), ids, 20), by_hand(model, ids, 20))
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_generate_with_a_prompt_in_chunks(chunk):
+    model, ids = build("llama"), tokens(2 * N)
+    whole = greedy(model, SinkCache(model, S, W), ids, 10)
+    assert torch.equal(greedy(model, SinkCache(model, S, W), ids, 10, prefill_chunk_size=chunk), whole)
+
+
+def test_generate_with_padding_equals_the_rows_alone():
+    model, ids = build("llama"), tokens(8)
+    batch = torch.cat([torch.cat([torch.zeros_like(ids[:, :pad]), ids[:, : 8 - pad]], 1) for pad in (0, 3)])
+    mask = (torch.arange(8) >= torch.tensor([[0], [3]])).long()
+    both = greedy(model, SinkCache(model, S, W), batch, 30, attention_mask=mask)
+    for row, pad in enumerate((0, 3)):
+        alone = greedy(model, SinkCache(model, S, W), ids[:, : 8 - pad], 30)
+        assert torch.equal(both[row : row + 1, pad:], alone)
+
+
+def test_a_conversation_over_many_calls():
+    model = build("llama")
+    cache = SinkCache(model, S, W)
+    said = torch.empty(1, 0, dtype=torch.long)
+    for turn, length in enumerate((3, 5, 1, 20, 2)):
+        said = torch.cat([said, tokens(length) if turn % 2 else tokens(length).flip(1)], 1)
+        said = greedy(model, cache, said, 6)
+    assert cache.get_seq_length() == said.shape[1] - 1  # generate() does not feed its last token
+    logits = fed(model, cache, said[:, -1:])
+    torch.testing.assert_close(logits, literal_logits("llama", model, said)[:, -1:], **SINGLE_TABLES)
+
+
+def test_a_conversation_with_new_tokens_alone_and_the_mask_of_all():
+    model, ids = build("llama"), tokens(4 * N)
+    one, two = SinkCache(model, S, W), SinkCache(model, S, W)
+    whole = greedy(model, one, ids, 5)
+    fed(model, two, ids[:, : 3 * N])
+    mask = torch.ones_like(ids)
+    assert torch.equal(greedy(model, two, ids[:, 3 * N :], 5, attention_mask=mask), whole[:, 3 * N :])
+
+
+def test_goes_beyond_the_positions_of_the_model():
+    model = build("llama", torch.float32, max_position_embeddings=32)
+    out = greedy(model, SinkCache(model, S, W), tokens(4), 300)
+    assert out.shape == (1, 304)
+    expected = literal_logits("llama", model, out)[0, 3:-1].argmax(-1)
+    assert torch.equal(out[0, 4:], expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_positions_counted_anew(name, monkeypatch):
+    monkeypatch.setattr("hf_galore.integrations.sink_cache.POSITION_LIMIT", 2 * N)
+    ids = tokens()
+    batch = torch.cat([ids, torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:, :-5]], 1)])
+    mask = (torch.arange(TOKENS) >= torch.tensor([[0], [5]])).long()
+    with all_in_float64():
+        model = build(name)
+        expected = literal_logits(name, model, ids)
+        for sizes in FEEDS.values():
+            cache = SinkCache(model, S, W)
+            logits = fed(model, cache, batch, sizes, attention_mask=mask)
+            assert cache.steps.window.base.min() > 0
+            torch.testing.assert_close(logits[:1], expected, **EXACT)
+            torch.testing.assert_close(logits[1:, 5:], expected[:, :-5], **EXACT)
+
+
+def test_memory_is_flat():
+    model = build("llama", torch.float32)
+    cache = SinkCache(model, S, W)
+    fed(model, cache, tokens(1))
+
+    def storages():
+        rings = [layer.ring for layer in cache.layers]
+        found = [vars(ring)[name] for ring in rings for name in ("keys", "values", "sink_keys", "sink_values")]
+        return [(tensor.data_ptr(), tensor.untyped_storage().nbytes()) for tensor in found]
+
+    before = storages()
+    heads, width = 2, 8
+    assert sum(size for _, size in before) == 2 * 2 * heads * width * 4 * (N + S)  # layers, keys and values
+    fed(model, cache, tokens(), [20, *[1] * (TOKENS - 20)])
+    assert storages() == before
+
+
+def test_beam_search_scores_are_those_of_the_sequences():
+    model = build("llama")
+    batch = torch.cat([tokens(6), torch.cat([torch.zeros(1, 2, dtype=torch.long), tokens(4)], 1)])
+    mask = (torch.arange(6) >= torch.tensor([[0], [2]])).long()
+    options = {"num_beams": 3, "length_penalty": 0.0, "return_dict_in_generate": True, "output_scores": True}
+    out = greedy(model, SinkCache(model, S, W), batch, 25, attention_mask=mask, **options)
+    for row, pad in enumerate((0, 2)):
+        sequence = out.sequences[row : row + 1, pad:]
+        logits = literal_logits("llama", model, sequence).log_softmax(-1)
+        score = logits[0, 5 - pad : -1].gather(1, sequence[0, 6 - pad :, None]).sum()
+        torch.testing.assert_close(out.sequences_scores[row].double(), score, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("select", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
+def test_rows_can_be_selected(select):
+    model, ids = build("llama"), tokens(rows=3)
+    mask = (torch.arange(TOKENS) >= torch.tensor([[0], [4], [1]])).long()
+    cache, rows = SinkCache(model, S, W), torch.tensor([2, 0, 0])
+    before = 2 * N
+    fed(model, cache, ids[:, :before], [before], attention_mask=mask)
+    if select == "batch_repeat_interleave":
+        rows = torch.tensor([0, 0, 1, 1, 2, 2])
+        cache.batch_repeat_interleave(2)
+    else:
+        getattr(cache, select)(rows)
+    whole = fed(model, SinkCache(model, S, W), ids, [TOKENS], attention_mask=mask)
+    rest = [
+        model(ids[rows, at : at + 1], past_key_values=cache, attention_mask=mask[rows, : at + 1]).logits
+        for at in range(before, TOKENS)
+    ]
+    torch.testing.assert_close(torch.cat(rest, 1), whole[rows, before:], **SINGLE_TABLES)
+
+
+def test_a_copy_goes_its_own_way():
+    model, ids = build("llama"), tokens()
+    prompt = SinkCache(model, S, W)
+    fed(model, prompt, ids[:, :20], [20])
+    one, two = copy.deepcopy(prompt), copy.deepcopy(prompt)
+    assert one.decoder is model.model
+    expected = literal_logits("llama", model, ids)[:, 20:]
+    torch.testing.assert_close(fed(model, one, ids[:, 20:]), expected, **SINGLE_TABLES)
+    torch.testing.assert_close(fed(model, two, ids[:, 20:]), expected, **SINGLE_TABLES)
+
+
+def test_reset_and_another_batch_size():
+    model, ids = build("llama"), tokens(rows=2)
+    cache = SinkCache(model, S, W)
+    fed(model, cache, ids)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(fed(model, cache, ids[:1]), fed(model, SinkCache(model, S, W), ids[:1]))
+
+
+def test_hooks_go_with_the_cache_and_leave_other_caches_alone():
+    model, ids = build("llama", torch.float32), tokens()
+    alone = fed(model, DynamicCache(config=model.config), ids, [TOKENS])
+    cache = SinkCache(model, S, W)
+    assert torch.equal(fed(model, DynamicCache(config=model.config), ids, [TOKENS]), alone)
+    fed(model, cache, ids, [TOKENS])
+    del cache
+    gc.collect()
+    assert not model.model._forward_pre_hooks
+    assert not model.model._forward_hooks
+    assert not model.model._forward_hooks_with_kwargs
+
+
+def test_a_peft_model():
+    peft = pytest.importorskip("peft")
+    model, ids = build("llama"), tokens()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False)).eval()
+    expected = literal_logits("llama", wrapped, ids)
+    torch.testing.assert_close(fed(wrapped, SinkCache(wrapped, S, W), ids), expected, **SINGLE_TABLES)
