@@ -18,6 +18,7 @@ Inputs = dict[str, Any]
 _TAKES_MASKS = ("eager", "sdpa")  # attention implementations that a mask for each query can be given
 _PER_TOKEN = ("input_ids", "inputs_embeds")
 _SMALLEST_CHUNK = 16
+_ALL_TOKENS = "generate() takes all tokens, or the new ones with an attention_mask for all"
 
 
 def attach(cache: "SinkCache", decoder: Any) -> None:
@@ -114,14 +115,16 @@ def _note_padding(window: SinkWindow, mask: Any, new: int, device: torch.device)
 
 
 def _check_positions(window: SinkWindow, positions: Tensor | None, new: int) -> None:
-    """Raises ValueError unless positions count the tokens of each row, those seen before included."""
+    """Raises ValueError unless there are tokens, and positions count those of each row, those seen before included."""
+    if not new:
+        raise ValueError(f"input_ids: no token is new after the {window.seen} seen; {_ALL_TOKENS}")
     if positions is None:
         return
     expected = window.seen + torch.arange(new, device=positions.device) - window.padding.to(positions.device)[:, None]
     if positions.ndim != 2 or not ((positions == expected) | (expected < 0)).all():
         raise ValueError(
             "position_ids: SinkCache counts positions itself; leave them out, or count the tokens of each row through "
-            "all calls. For generate(), pass all tokens, or an attention_mask for all of them"
+            f"all calls; {_ALL_TOKENS}"
         )
 
 
