@@ -76,6 +76,11 @@ class SinkCache(Cache):
         super().__init__(layers=layers)
         attach(self, self.decoder)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(tensor.untyped_storage().nbytes() for layer in self.layers for tensor in _tensors(layer))
+
     def turn_back(self, fall: Tensor) -> None:
         """Rotates all stored keys back by `fall` positions (rows,): positions are counted from there now."""
         for index, layer in enumerate(self.layers):
@@ -130,6 +135,12 @@ class SinkCache(Cache):
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         attach(new, new.decoder)
         return new
+
+
+def _tensors(layer: Any) -> tuple[Tensor, ...]:
+    if not layer.is_initialized:
+        return ()
+    return layer.ring.tensors() if isinstance(layer, SinkLayer) else (layer.keys, layer.values)
 
 
 def _sink_layers(config: Any, types: list[str], options: list[dict[str, Any]], capacity: int) -> list[bool]:

@@ -49,6 +49,10 @@ class SinkRing:
             _put(self.keys, rotate(self.sink_keys).to(self.keys.dtype), step.sink_slots)
         return self.keys[:, :, : step.stored], self.values[:, :, : step.stored]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All buffers."""
+        return self.keys, self.values, self.sink_keys, self.sink_values
+
     def select_rows(self, rows: Tensor) -> None:
         """Rows of the batch in another order, in place; or more or fewer of them, in new buffers."""
         for name in ("keys", "values", "sink_keys", "sink_values"):

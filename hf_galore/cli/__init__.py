@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 from hf_galore import __version__
-from hf_galore.cli import env, plot_subspace, run
+from hf_galore.cli import env, plot_subspace, run, stream
 
-_COMMANDS = (run, env, plot_subspace)
+_COMMANDS = (run, env, plot_subspace, stream)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

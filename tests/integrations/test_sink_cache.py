@@ -197,13 +197,14 @@ def test_memory_is_flat():
     fed(model, cache, tokens(1))
 
     def storages():
-        rings = [layer.ring for layer in cache.layers]
-        found = [vars(ring)[name] for ring in rings for name in ("keys", "values", "sink_keys", "sink_values")]
-        return [(tensor.data_ptr(), tensor.untyped_storage().nbytes()) for tensor in found]
+        tensors = [tensor for layer in cache.layers for tensor in layer.ring.tensors()]
+        return [(tensor.data_ptr(), tensor.untyped_storage().nbytes()) for tensor in tensors]
 
     before = storages()
     heads, width = 2, 8
-    assert sum(size for _, size in before) == 2 * 2 * heads * width * 4 * (N + S)  # layers, keys and values
+    assert (
+        cache.nbytes == sum(size for _, size in before) == 2 * 2 * heads * width * 4 * (N + S)
+    )  # layers, keys and values
     fed(model, cache, tokens(), [20, *[1] * (TOKENS - 20)])
     assert storages() == before
 
