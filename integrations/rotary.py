@@ -3,7 +3,6 @@
 import inspect
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ class KeyRotation:
         self._is_of_pairs = "k" in parameters  # (q, k, cos, sin), not (x, cos, sin)
         by_type = "layer_type" in inspect.signature(rotary.forward).parameters
         self._types: list[str | None] = [name if by_type else None for name in layer_types]
+        self._scaling = self._scalings(decoder.device)
         self._is_partial = [False] * len(layer_types)
         self._check(decoder)
 
@@ -48,14 +48,20 @@ class KeyRotation:
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """cos and sin (rows, n, channels) at the positions (rows, n), free of attention scaling."""
-        found: Angles = {}
-        for name in dict.fromkeys(self._types):
-            table = self._rotary if name is None else partial(self._rotary, layer_type=name)
-            like = torch.empty((), dtype=dtype, device=positions.device)
-            cos, sin = table(like, positions)
-            scaling = table(like, torch.zeros_like(positions[:1, :1]))[0]  # cos 0, in all channels
-            found[name] = cos / scaling, sin / scaling
-        return found
+        tables = self._tables(positions, dtype)
+        return {name: (cos / self._scaling[name], sin / self._scaling[name]) for name, (cos, sin) in tables.items()}
+
+    def _tables(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        like = torch.empty((), dtype=dtype, device=positions.device)
+        return {
+            name: self._rotary(like, positions, **({} if name is None else {"layer_type": name}))
+            for name in dict.fromkeys(self._types)
+        }
+
+    def _scalings(self, device: torch.device) -> dict[str | None, float]:
+        """What each type multiplies cos and sin by: at position 0, cos is this in all channels."""
+        tables = self._tables(torch.zeros(1, 1, dtype=torch.long, device=device), torch.float64)
+        return {name: float(cos.flatten()[0]) for name, (cos, _) in tables.items()}
 
     def rotate(self, layer: int, angles: Angles, keys: Tensor) -> Tensor:
         """The layer's keys (batch, heads, n, head_dim) turned on by the angles."""

@@ -79,7 +79,7 @@ class SinkCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(tensor.untyped_storage().nbytes() for layer in self.layers for tensor in _tensors(layer))
+        return sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer))
 
     def turn_back(self, fall: Tensor) -> None:
         """Rotates all stored keys back by `fall` positions (rows,): positions are counted from there now."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_galore.attention.sink_ring import SinkRing
+from hf_galore.attention.sink_ring import SinkRing, join_sinks
 from hf_galore.attention.sink_window import SinkWindow, Step
 from hf_galore.integrations.rotary import KeyRotation, Turn
 
@@ -20,6 +20,7 @@ class SinkSteps:
 
     def __init__(self, window: SinkWindow, rotation: KeyRotation, dtype: torch.dtype) -> None:
         self.window, self.rotation, self.dtype = window, rotation, dtype
+        self.rings: dict[int, SinkRing] = {}  # by the indices of their layers
         self.reset()
 
     def reset(self) -> None:
@@ -27,22 +28,41 @@ class SinkSteps:
         self.window.reset()
         self.step: Step | None = None
         self.sink_turn: Turn | None = None
+        self.turned: dict[int, Tensor] = {}  # sinks that are rotated already
         self.is_in_parts = False  # while a forward pass calls itself for its first parts
         self.earlier: list[Tensor] = []  # and the outputs of those
+        self.split()
+
+    def split(self) -> None:
+        """After the layers' buffers were replaced."""
+        self.joints: list[tuple[Tensor, list[int]]] = []
 
     def begin(self, new: int) -> Step:
         """Prepares for `new` tokens."""
-        self.step = self.window.step(new)
-        if self.step.shifts is not None:
-            shifts = self.step.shifts.repeat_interleave(self.window.n_sink, dim=1)
-            self.sink_turn = self.turn(shifts)
-        return self.step
+        self.step = step = self.window.step(new)
+        if step.shifts is None or not self.window.n_sink:
+            return step
+        if step.mask is not None:
+            self.sink_turn = self.turn(step.shifts.repeat_interleave(self.window.n_sink, dim=1))
+            return step
+        self.sink_turn = self.turn(step.shifts)
+        if step.arrivals is None:
+            self._turn_all(self.sink_turn)
+        return step
+
+    def _turn_all(self, turn: Turn) -> None:
+        if not self.joints:
+            self.joints = join_sinks(self.rings)
+        for joint, group in self.joints:  # layers with sinks are of one type, and rotate alike
+            turned = turn.rotate(group[0], joint)
+            self.turned.update(zip(group, turned.chunk(len(group), dim=1), strict=True))
 
     def end(self) -> None:
         """They are in all layers."""
         assert self.step is not None
         self.window.advance(self.step)
         self.step = self.sink_turn = None
+        self.turned = {}
 
     def turn(self, positions: Tensor) -> Turn:
         """The rotation by these positions (rows, n)."""
@@ -57,7 +77,7 @@ class SinkLayer(CacheLayerMixin):
     def __init__(self, steps: SinkSteps, index: int) -> None:
         super().__init__()
         self.steps, self.index = steps, index
-        self.ring = SinkRing(steps.window.n_sink, steps.window.capacity)
+        self.ring = steps.rings[index] = SinkRing(steps.window.n_sink, steps.window.capacity)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates all that the layer will ever need."""
@@ -82,6 +102,8 @@ class SinkLayer(CacheLayerMixin):
         return self.ring.append(key_states, value_states, step, self._rotate_sinks)
 
     def _rotate_sinks(self, keys: Tensor) -> Tensor:
+        if self.index in self.steps.turned:
+            return self.steps.turned[self.index]
         assert self.steps.sink_turn is not None
         return self.steps.sink_turn.rotate(self.index, keys)
 
@@ -114,4 +136,5 @@ class SinkLayer(CacheLayerMixin):
     def _select(self, rows: Tensor) -> None:
         if self.is_initialized:
             self.ring.select_rows(rows)
+            self.steps.split()
             self.keys, self.values = self.ring.keys, self.ring.values

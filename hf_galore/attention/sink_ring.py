@@ -1,11 +1,11 @@
 """The keys and values of one layer: sinks, and a window that goes round in a buffer allocated once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from hf_galore.attention.sink_window import Step
+from hf_galore.attention.sink_window import Slots, Step
 
 Rotate = Callable[[Tensor], Tensor]
 
@@ -34,7 +34,8 @@ class SinkRing:
         That is the slots in use; or, for a step with a mask, what the columns of the mask stand for.
 
         Args:
-            rotate: turns the sinks (batch, heads, new·S, head_dim), S for each query in turn, on by `step.shifts`.
+            rotate: turns the sinks (batch, heads, new·S, head_dim), S for each query in turn, on by `step.shifts`;
+                where there is one query it is given `sink_keys`.
         """
         if step.arrivals is not None:
             _take(self.sink_keys, key, step.arrivals)
@@ -46,7 +47,7 @@ class SinkRing:
             return seen[0], seen[1]
         self._write(key, value, step)
         if step.shifts is not None and self.n_sink:
-            _put(self.keys, rotate(self.sink_keys).to(self.keys.dtype), step.sink_slots)
+            _put(self.keys, rotate(self.sink_keys), step.sink_slots)
         return self.keys[:, :, : step.stored], self.values[:, :, : step.stored]
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -67,7 +68,27 @@ class SinkRing:
     def _sinks_per_query(self, step: Step, rotate: Rotate) -> tuple[Tensor, Tensor]:
         """Keys and values (batch, heads, new·S, head_dim): the sinks once for each query, as it sees them."""
         keys, values = (sinks.repeat(1, 1, step.new, 1) for sinks in (self.sink_keys, self.sink_values))
-        return rotate(keys).to(self.keys.dtype), values
+        if self.n_sink:
+            keys = rotate(keys)
+        return keys.to(self.keys.dtype), values
+
+
+def join_sinks(rings: Mapping[int, SinkRing]) -> list[tuple[Tensor, list[int]]]:
+    """Makes the sinks' keys of rings that are alike one tensor (batch, heads of all these rings, S, head_dim).
+
+    So that they are rotated at once: a rotation is many operations on very little. Returns each with the keys of its
+    rings, whose heads come in this order.
+    """
+    alike: dict[object, list[int]] = {}
+    for key, ring in rings.items():
+        alike.setdefault((ring.sink_keys.shape, ring.sink_keys.dtype, ring.sink_keys.device), []).append(key)
+    joints = []
+    for group in alike.values():
+        joint = torch.cat([rings[key].sink_keys for key in group], dim=1)
+        for key, part in zip(group, joint.chunk(len(group), dim=1), strict=True):
+            rings[key].sink_keys = part
+        joints.append((joint, group))
+    return joints
 
 
 def _buffer(like: Tensor, length: int, dtype: torch.dtype) -> Tensor:
@@ -80,8 +101,12 @@ def _index(slots: Tensor, of: Tensor) -> Tensor:
     return slots.to(of.device)[:, None, :, None].expand(batch, heads, -1, width)
 
 
-def _put(buffer: Tensor, new: Tensor, slots: Tensor) -> None:
+def _put(buffer: Tensor, new: Tensor, slots: Slots) -> None:
     """buffer[b, :, slots[b, i]] = new[b, :, i]."""
+    if isinstance(slots, slice):
+        buffer[:, :, slots] = new
+        return
+    new = new.to(buffer.dtype)
     if len(slots) == 1:
         buffer.index_copy_(2, slots[0].to(buffer.device), new)
     else:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Slots = slice | Tensor  # in all rows the same, or (rows, n)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -22,10 +24,10 @@ class Step:
     new: int
     stored: int  # slots in use afterwards
     positions: Tensor  # (rows, new), rotary positions of the new tokens
-    slots: Tensor  # (rows, new), where they are written
-    sink_slots: Tensor  # (rows, S)
+    slots: Slots  # where they are written
+    sink_slots: Slots
     arrivals: Tensor | None  # (rows, S), which new token is sink j, negative or >= new if none; None: no row has any
-    shifts: Tensor | None  # (rows, new), by how much the sinks are rotated for each query; None: nothing was evicted
+    shifts: Tensor | None  # (rows, new), by how much the sinks are rotated for each query; None: by nothing
     mask: Tensor | None  # (rows, new, new·S + N + new), what the queries see of (sinks per query, slots, new tokens)
 
 
@@ -89,21 +91,42 @@ class SinkWindow:
         More than one token that do not fit in order are a chunk, of at most W tokens: its queries have different
         tokens evicted, so each is given its own copy of the sinks, and a mask says who sees what.
         """
+        if new == 1 and not self.most_padding and self.seen >= self.capacity:
+            return self._usual_step()
         index = self.seen + torch.arange(new, device=self.padding.device)
         token = index - self.padding[:, None]
         in_order = self.fits_in_order(new)
         arrivals = None
         if self.n_sink and self.seen < self.most_padding + self.n_sink:
             arrivals = torch.arange(self.n_sink, device=index.device) + (self.padding - self.seen)[:, None]
+        slots: Slots = slice(self.seen, self.seen + new)
+        if not in_order:
+            slots = torch.where(token < 0, torch.where(index < self.capacity, index, 0), self._slots(token))
         return Step(
             new=new,
             stored=min(self.seen + new, self.capacity),
             positions=token.clamp(min=0) - self.base[:, None],
-            slots=torch.where(token < 0, torch.where(index < self.capacity, index, 0), self._slots(token)),
+            slots=slots,
             sink_slots=self._slots(torch.arange(self.n_sink, device=index.device)[None]),
             arrivals=arrivals,
             shifts=None if in_order else (token + 1 - self.capacity).clamp(min=0) - self.base[:, None],
             mask=None if in_order or new == 1 else self._mask(token),
+        )
+
+    def _usual_step(self) -> Step:
+        """One token that evicts one, in rows without padding: the same without the arithmetic on tensors."""
+        slot = self.n_sink + (self.seen - self.n_sink) % self.window
+        position = self.seen - self.top_base
+        device = self.padding.device
+        return Step(
+            new=1,
+            stored=self.capacity,
+            positions=torch.full((1, 1), position, device=device),
+            slots=slice(slot, slot + 1),
+            sink_slots=slice(0, self.n_sink),
+            arrivals=None,
+            shifts=torch.full((1, 1), position + 1 - self.capacity, device=device),
+            mask=None,
         )
 
     def advance(self, step: Step) -> None:

@@ -19,6 +19,13 @@ def kept(count: int, n_sink: int, window: int) -> set[int]:
     return set(tokens)
 
 
+def as_tensor(slots) -> torch.Tensor:
+    """Slots (rows, n), for all rows."""
+    if isinstance(slots, slice):
+        slots = torch.arange(slots.start, slots.stop)[None]
+    return slots.expand(len(PADDING), -1) if len(slots) == 1 else slots
+
+
 @pytest.mark.parametrize(("n_sink", "window"), CASES)
 @pytest.mark.parametrize(
     "sizes", [[1] * 40, [3, 1, 1, 3, 2, 1, 3, 3, 3, 1, 1, 1, 3, 3, 1, 1, 3]], ids=["single", "chunks"]
@@ -35,7 +42,7 @@ def test_slots(n_sink, window, sizes):
         for row, padding in enumerate(PADDING):
             for column in range(size):
                 token = book.seen + column - padding
-                content[row][step.slots[row, column]] = token if token >= 0 else None
+                content[row][as_tensor(step.slots)[row, column]] = token if token >= 0 else None
         book.advance(step)
         for row, padding in enumerate(PADDING):
             here = {token for token in content[row] if token is not None}
@@ -45,7 +52,8 @@ def test_slots(n_sink, window, sizes):
             in_use = content[row][: min(book.seen, book.capacity)]
             assert all(token is None for token in in_use[:masked])
             assert None not in in_use[masked:]
-            assert [content[row][slot] for slot in step.sink_slots[row].tolist()][: len(here)] == sorted(here)[:n_sink]
+            sinks = [content[row][slot] for slot in as_tensor(step.sink_slots)[row].tolist()]
+            assert sinks[: len(here)] == sorted(here)[:n_sink]
 
 
 @pytest.mark.parametrize(("n_sink", "window"), CASES)
@@ -70,7 +78,7 @@ def test_mask_of_a_chunk_shows_what_single_queries_would_see(n_sink, window):
                     own = torch.arange(n_sink * new) // max(n_sink, 1) == column
                     assert not step.mask[row, column, : n_sink * new][~own].any()
                     assert step.shifts[row, column] == max(0, query + 1 - book.capacity)
-        content.scatter_(1, step.slots, token.clamp(min=-1))
+        content.scatter_(1, as_tensor(step.slots), token.clamp(min=-1))
         book.advance(step)
 
 
@@ -93,3 +101,21 @@ def test_positions_stay_below_the_limit_and_keep_their_differences():
             assert torch.equal(step.positions - step.shifts, token.clamp(max=book.capacity - 1))
         book.advance(step)
     assert 100 // limit <= falls <= 100 // (limit - book.capacity)
+
+
+@pytest.mark.parametrize(("n_sink", "window"), CASES)
+def test_rows_without_padding_are_the_same_without_tensors(n_sink, window):
+    """A single token that evicts one has a short cut; the same window beside a padded row does not take it."""
+    quick, slow = SinkWindow(n_sink, window, limit=30), SinkWindow(n_sink, window, limit=30)
+    slow.pad(torch.tensor([0, 1]))
+    for _ in range(100):
+        for book in (quick, slow):
+            book.rebase(1)
+        one, two = quick.step(1), slow.step(1)
+        assert torch.equal(as_tensor(one.slots)[0], as_tensor(two.slots)[0])
+        assert torch.equal(one.positions[0], two.positions[0])
+        if one.shifts is not None:
+            assert torch.equal(one.shifts[0], two.shifts[0])
+            assert torch.equal(as_tensor(one.sink_slots)[0], as_tensor(two.sink_slots)[0])
+        for book, step in ((quick, one), (slow, two)):
+            book.advance(step)

@@ -196,17 +196,18 @@ def test_memory_is_flat():
     cache = SinkCache(model, S, W)
     fed(model, cache, tokens(1))
 
-    def storages():
-        tensors = [tensor for layer in cache.layers for tensor in layer.ring.tensors()]
+    def places():
+        tensors = [tensor for layer in cache.layers for tensor in (layer.ring.keys, layer.ring.values)]
         return [(tensor.data_ptr(), tensor.untyped_storage().nbytes()) for tensor in tensors]
 
-    before = storages()
-    heads, width = 2, 8
-    assert (
-        cache.nbytes == sum(size for _, size in before) == 2 * 2 * heads * width * 4 * (N + S)
-    )  # layers, keys and values
-    fed(model, cache, tokens(), [20, *[1] * (TOKENS - 20)])
-    assert storages() == before
+    layers, heads, width, before = 2, 2, 8, places()
+    size = 2 * 4 * layers * heads * width * (N + S)
+    for sizes in ([20], [1] * TOKENS, [TOKENS]):
+        assert cache.nbytes == size
+        fed(model, cache, tokens(sum(sizes)), sizes)
+        assert places() == before
+    storages = {tensor.untyped_storage() for layer in cache.layers for tensor in layer.ring.tensors()}
+    assert sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) == size
 
 
 def test_beam_search_scores_are_those_of_the_sequences():
