@@ -87,6 +87,15 @@ def test_numbers_of_sinks_and_attention_implementations(attention, n_sink):
             torch.testing.assert_close(fed(model, SinkCache(model, n_sink, W), ids, sizes), expected, **EXACT)
 
 
+def test_attention_implementations_without_masks_are_fed_token_by_token(monkeypatch):
+    monkeypatch.setattr("hf_galore.integrations.sink_forward._TAKES_MASKS", ())
+    ids = tokens()
+    with all_in_float64():
+        model = build("llama")
+        logits = fed(model, SinkCache(model, S, W), ids, [TOKENS])
+        torch.testing.assert_close(logits, literal_logits("llama", model, ids), **EXACT)
+
+
 def test_one_layer_equals_the_model_without_a_cache_on_the_kept_tokens():
     ids = tokens()
     with all_in_float64():
