@@ -17,6 +17,7 @@ _HOME_OF = {
     "GaLoreAdamW": "hf_galore.optim.adamw",
     "GaLoreAdamW8bit": "hf_galore.optim.adamw8bit",
     "LambdaWarmup": "hf_galore.integrations.bitlinear_callbacks",
+    "SinkCache": "hf_galore.integrations.sink_cache",
     "TernaryLog": "hf_galore.integrations.bitlinear_callbacks",
     "distill": "hf_galore.integrations.distillation",
     "galore_param_groups": "hf_galore.param_groups",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from hf_galore.integrations.bitnet import save_bitnet as save_bitnet
     from hf_galore.integrations.distillation import distill as distill
     from hf_galore.integrations.peft import BitLinearConfig as BitLinearConfig
+    from hf_galore.integrations.sink_cache import SinkCache as SinkCache
     from hf_galore.nn.bitlinear import BitLinear as BitLinear
     from hf_galore.nn.convert import replace_linear as replace_linear
     from hf_galore.nn.convert import restore_linear as restore_linear

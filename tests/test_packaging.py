@@ -20,6 +20,7 @@ DOORS = {
     "cli/env.py",
     "cli/run.py",
     "cli/plot_subspace.py",
+    "cli/stream.py",
 }  # the files of the core that may reach the integrations
 
 IMPORT_THE_CORE = """

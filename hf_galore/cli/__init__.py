@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 from hf_galore import __version__
-from hf_galore.cli import activations, env, plot_subspace, run
+from hf_galore.cli import activations, env, plot_subspace, run, stream
 
-_COMMANDS = (run, env, plot_subspace, activations)
+_COMMANDS = (run, env, plot_subspace, activations, stream)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
