@@ -10,7 +10,7 @@ from hf_galore.integrations import deepspeed as _deepspeed
 from hf_galore.integrations import transformers as _transformers
 
 _BITSANDBYTES = "hf_galore.integrations.bitsandbytes"
-_PEFT = "hf_galore.integrations.peft"
+_PEFT = ("hf_galore.integrations.peft", "hf_galore.integrations.peft_attention_bias")
 
 
 def register() -> None:
@@ -27,7 +27,8 @@ def register() -> None:
     if is_bitsandbytes_available():
         import_module(_BITSANDBYTES).register()
     if is_peft_available():
-        import_module(_PEFT).register()
+        for path in _PEFT:
+            import_module(path).register()
 
 
 def unregister() -> None:
@@ -35,7 +36,7 @@ def unregister() -> None:
     _transformers.unregister()
     _attention.unregister()
     _deepspeed.unregister()
-    for path in (_BITSANDBYTES, _PEFT):
+    for path in (_BITSANDBYTES, *_PEFT):
         if path in sys.modules:
             sys.modules[path].unregister()
 

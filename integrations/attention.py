@@ -82,9 +82,7 @@ def _get_interface(self: AttentionInterface, attn_implementation: str, default: 
     return partial(_attend, _original[0](self, attn_implementation, default), attn_implementation)
 
 
-def _attend(
-    function: Callable[..., Any], implementation: str, module: nn.Module, *args: Any, **options: Any
-) -> Any:
+def _attend(function: Callable[..., Any], implementation: str, module: nn.Module, *args: Any, **options: Any) -> Any:
     hooks = getattr(module, _HOOKS, ())
     if not hooks:
         return function(module, *args, **options)

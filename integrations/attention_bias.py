@@ -99,7 +99,8 @@ def check_targets(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict
             raise ValueError(f"target_modules: {path!r} has an attention bias already: remove that first")
         check_implementation(getattr(getattr(module, "config", None), "_attn_implementation", None))
     targets = {path: (module, heads_of(path, module)) for path, module in modules.items()}
-    check_reached(model, targets)
+    if targets:
+        check_reached(model, targets)
     return targets
 
 

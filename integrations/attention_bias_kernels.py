@@ -40,7 +40,7 @@ def attend(call: AttentionCall, attention: Attention, columns: Columns) -> Resul
     return KERNELS[call.implementation](call, attention, columns)
 
 
-def check_implementation(name: str | None) -> None:
+def check_implementation(name: Any) -> None:
     """Raises ValueError for attention implementations that columns cannot be added to."""
     if name not in KERNELS:
         raise ValueError(f"attn_implementation={name!r}: an attention bias runs with {', '.join(KERNELS)}")
@@ -92,7 +92,9 @@ def _fuses(call: AttentionCall) -> bool:
         and options.get("position_bias") is None
         and options.get("softcap") is None
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.cuda.flash_sdp_enabled()  # what sdpa_kernel() switches, for the CPU as well
+        and (
+            is_torchdynamo_compiling() or torch.backends.cuda.flash_sdp_enabled()
+        )  # sdpa_kernel(), for the CPU as well
     )
 
 
@@ -138,7 +140,9 @@ def _flash(call: AttentionCall, attention: Attention, columns: Columns) -> Resul
     if columns.logit is not None:
         raise ValueError(f"{name} takes no logits of columns: use kind='key_value', or sdpa")
     if options.get("sliding_window") is not None or flash_attn_supports_top_left_mask():
-        raise ValueError(f"{name}: the column would fall out of a sliding window or a mask aligned at the left: use sdpa")
+        raise ValueError(
+            f"{name}: the column would fall out of a sliding window or a mask aligned at the left: use sdpa"
+        )
     packed = options.get("cu_seq_lens_q") is not None
     if packed or _is_packed_sequence(options.get("position_ids"), call.query.shape[0]):
         raise ValueError(f"{name}: sequences packed into one row would share one column: use sdpa, or pad instead")
@@ -156,7 +160,7 @@ def _scale(call: AttentionCall) -> float:
     return call.query.shape[-1] ** -0.5 if scale is None else scale
 
 
-KERNELS: dict[str | None, Any] = {
+KERNELS: dict[str, Kernel] = {
     "eager": _eager,
     "sdpa": _sdpa,
     "flex_attention": _flex,

@@ -34,8 +34,8 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     found = {path: module for path, module in model.named_modules() if _asks_interface(type(module))}
     if not found or not model._supports_attention_backend:
         raise ValueError(
-            f"model: {type(model).__name__} computes attention in its own code and not through transformers' attention "
-            "interface (_supports_attention_backend), where hf_galore could add to it"
+            f"model: {type(model).__name__} computes attention in its own code and not through transformers' "
+            "attention interface (_supports_attention_backend), where hf_galore could add to it"
         )
     return found
 
@@ -57,7 +57,9 @@ def heads_of(path: str, module: nn.Module) -> Heads:
     query = _first(module, _QUERY_HEADS) or getattr(config, "num_attention_heads", None)
     key_dim, value_dim = _first(module, _KEY_DIM), _first(module, ("v_head_dim", *_VALUE_DIM))
     if query is None or key_dim is None or value_dim is None:
-        raise ValueError(f"target_modules: {path!r} ({type(module).__name__}) does not say how many heads of what size")
+        raise ValueError(
+            f"target_modules: {path!r} ({type(module).__name__}) does not say how many heads of what size"
+        )
     return Heads(query, query // getattr(module, "num_key_value_groups", 1), key_dim, value_dim)
 
 

@@ -1,7 +1,6 @@
 """The explicit attention bias: each behaviour on each architecture, against the paper's formula written out."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -164,7 +163,10 @@ def test_one_column_is_a_prefix_of_one_token():
     model = biased("llama")
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
     prefix = peft.get_peft_model(model_of("llama"), config).eval().double()
-    flat = [m.kv_bias.key.view(2, 8) for m in biases(model).values()], [m.kv_bias.value for m in biases(model).values()]
+    flat = (
+        [m.kv_bias.key.view(2, 8) for m in biases(model).values()],
+        [m.kv_bias.value for m in biases(model).values()],
+    )
     rows = torch.stack([torch.stack([key, value.view(2, 8)]) for key, value in zip(*flat, strict=True)])
     prefix.prompt_encoder["default"].embedding.weight.data.copy_(rows.reshape(1, -1))
     positions = torch.arange(1, LENGTH + 1).expand(2, -1)
@@ -222,8 +224,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant, implementation):
     assert all(torch.equal(actual[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("start", "implementation"), [("noop", "sdpa"), ("random", "eager")])
 def test_it_compiles_into_one_graph(start, implementation):
     model, inputs = biased("llama", implementation, start=start), inputs_of("llama")
     expected, of_parameters = outputs(model, **inputs), gradients(model, **inputs)
@@ -271,7 +272,7 @@ def flex():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("kind", "start", "n"), VARIANTS)
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["mistral"])
 def test_flex_attention_is_merged_through_its_log_sum_exp(flex, name, kind, start, n):
     model, inputs = biased(name, kind=kind, start=start, n=n), inputs_of(name, padded=True)
     inputs["attention_mask"][:, :3] = 1
@@ -282,9 +283,10 @@ def test_flex_attention_is_merged_through_its_log_sum_exp(flex, name, kind, star
 
 def test_flex_attention_of_transformers_is_refused_on_the_cpu():
     model = model_of("llama", "flex_attention", torch.float32)
-    with torch.compiler.set_stance("force_eager"), pytest.raises(ValueError, match="gives no log-sum-exp.*on the CPU"):
+    with torch.compiler.set_stance("force_eager"):
         hf_galore.add_attention_bias(model)
-        outputs(model, **inputs_of("llama"))
+        with pytest.raises(ValueError, match="transformers gives no log-sum-exp of it on the CPU"):
+            outputs(model, **inputs_of("llama"))
 
 
 # Refused.
@@ -301,7 +303,7 @@ def test_architectures_with_attention_of_their_own_are_refused_by_name(name):
 
 def test_attention_that_takes_another_way_is_refused():
     model = model_of("gpt2", "eager", torch.float32, reorder_and_upcast_attn=True)
-    with pytest.raises(ValueError, match="'transformer.h.0.attn' .* does not attend through"):
+    with pytest.raises(ValueError, match=r"'transformer\.h\.0\.attn' .* does not attend through"):
         hf_galore.add_attention_bias(model)
     assert not biases(model)
     assert not any(attention._HOOKS in vars(module) for module in model.modules())
@@ -317,7 +319,11 @@ REFUSED = {
     "n": ({"n": 0}, ValueError, "Invalid n: 0"),
     "n type": ({"n": 1.5}, TypeError, "n=1.5 is not an integer"),
     "std": ({"std": -1.0}, ValueError, "Invalid std: -1.0"),
-    "names": ({"target_modules": ["mlp"]}, ValueError, r"no attention module matches 'mlp'; there are model\.layers\.0"),
+    "names": (
+        {"target_modules": ["mlp"]},
+        ValueError,
+        r"no attention module matches 'mlp'; there are model\.layers\.0",
+    ),
     "no names": ({"target_modules": []}, ValueError, "no attention module matches it"),
     "names type": ({"target_modules": 3}, TypeError, "target_modules=3 must be 'all-attention'"),
 }
@@ -375,32 +381,25 @@ def test_unregister_restores_the_registry_exactly():
 def test_a_model_without_hooks_calls_the_original_with_what_it_was_given(monkeypatch):
     """Whatever the arguments: none is bound, copied or left out."""
     given = []
-    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *args, **options: given.append((args, options)))
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping, "sdpa", lambda *args, **options: given.append((args, options))
+    )
     module, arguments, options = linear(), (object(), object()), {"anything": object()}
     function = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
     function(module, *arguments, **options)
     assert given == [((module, *arguments), options)]
 
 
-def test_every_attention_option_reaches_the_function():
-    """The options that transformers' implementations know are forwarded to them: capped scores, native sinks, …."""
-    for name, implementation in (("gemma2", "eager"), ("gpt_oss", "eager")):
-        plain, model = model_of(name, implementation), biased(name, implementation)
-        inputs = inputs_of(name)
-        with torch.no_grad():
-            for module in biases(model).values():
-                module.kv_bias.key.fill_(0.0)
-                module.kv_bias.value.fill_(0.0)
-        # A column of zeros rescales the result and nothing else: weights of the tokens are in the same proportions.
-        model.set_attn_implementation("eager")
-        a = model(**inputs, output_attentions=True).attentions[0]
-        b = plain(**inputs, output_attentions=True).attentions[0]
-        ratio = (a / b)[..., -1, -4:]
-        torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), rtol=1e-5, atol=0.0)
-        assert a.shape == b.shape
-    assert {"s_aux", "softcap", "position_bias"} <= set(
-        inspect.signature(AttentionInterface._global_mapping["flex_attention"]).parameters
-    )
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_the_weights_that_eager_returns_are_those_of_the_tokens(name, start):
+    inputs, model = inputs_of(name), biased(name, "eager", kind="off_by_one", n=3, start=start)
+    before = model_of(name, "eager")(**inputs, output_attentions=True).attentions[0]
+    after = model(**inputs, output_attentions=True).attentions[0]
+    assert after.shape == before.shape
+    rescaled = after / after.sum(-1, keepdim=True) * before.sum(-1, keepdim=True)
+    torch.testing.assert_close(rescaled, before, **EAGER)  # in the same proportions,
+    assert (start == "noop") == bool((after.sum(-1) > before.sum(-1)).any())  # and less, but for a gate below zero
 
 
 def test_copies_of_a_model_have_columns_of_their_own():
