@@ -9,7 +9,7 @@ from hf_galore.attention.bias import Columns
 
 
 class Attended(NamedTuple):
-    """Keys (B, G, K, d), values (B, G, K, e), a mask (B or 1, H or 1, Q, K) or None, scores to add or None."""
+    """Keys (B, G, K, d), values (B, G, K, e), a mask (B or 1, H or 1, Q, K) or (B, K) or None, scores to add or None."""
 
     key: Tensor
     value: Tensor
@@ -38,7 +38,8 @@ def with_columns(query: Tensor, attended: Attended, columns: Columns, causal: bo
         logits = columns.logit.to(mask.dtype).view(1, -1, 1, n).expand(*shape, n)
         mask = torch.cat([logits, mask.expand(*shape, -1)], dim=-1)
     elif mask is not None:
-        mask = torch.cat([mask.new_full((*mask.shape[:-1], n), mask.dtype == torch.bool), mask], dim=-1)
+        seen = 0 if mask.is_floating_point() else 1  # added to scores, or says what is seen
+        mask = torch.cat([mask.new_full((*mask.shape[:-1], n), seen), mask], dim=-1)
     if position_bias is not None:
         position_bias = torch.cat([position_bias.new_zeros(*position_bias.shape[:-1], n), position_bias], dim=-1)
     return Attended(_in_front(columns.key, n, key), _in_front(columns.value, n, value), mask, position_bias)
