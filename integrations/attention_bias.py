@@ -36,6 +36,9 @@ def add_attention_bias(
 ) -> PreTrainedModel:
     """Adds trainable columns to the attention of a model, in place, and returns the model.
 
+    They are in the model's state dict and checkpoints. `from_pretrained` does not know them, and leaves them out with
+    a warning: add them again and load the state dict, or use `AttentionBiasConfig`, which saves an adapter.
+
     Args:
         target_modules: "all-attention"; or a regular expression that matches whole paths, or a part of a path; or a
             list of those.

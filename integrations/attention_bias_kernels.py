@@ -7,6 +7,10 @@
 | flex_attention | merged through the log-sum-exp that it returns (none on the CPU) |
 | flash_attention_2, 3, 4 | a column in front: their causal mask is aligned at the last key, so it stays visible |
 
+On other devices sdpa with a column has a mask, where torch could do without one for a causal model: its fastest
+kernels are out of reach there. flex_attention hands out its log-sum-exp in the dtype of the values, so that bfloat16
+rounds the columns' share to about 1 %.
+
 A gate needs the result without columns as well: a column then costs a second call, and merging costs none.
 """
 

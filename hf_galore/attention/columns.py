@@ -9,7 +9,7 @@ from hf_galore.attention.bias import Columns
 
 
 class Attended(NamedTuple):
-    """Keys (B, G, K, d), values (B, G, K, e), a mask (B or 1, H or 1, Q, K) or (B, K) or None, scores to add or None."""
+    """Keys (B, G, K, d), values (B, G, K, e); a mask (B or 1, H or 1, Q, K) or (B, K), scores to add; or None."""
 
     key: Tensor
     value: Tensor
