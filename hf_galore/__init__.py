@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 
 _HOME_OF = {
     "ActivationReport": "hf_galore.attention.report",
+    "AttentionBiasConfig": "hf_galore.integrations.peft_attention_bias",
     "BitLinear": "hf_galore.nn.bitlinear",
     "BitLinearConfig": "hf_galore.integrations.peft",
     "GaLoreAdafactor": "hf_galore.optim.adafactor",
@@ -19,6 +20,7 @@ _HOME_OF = {
     "LambdaWarmup": "hf_galore.integrations.bitlinear_callbacks",
     "SinkCache": "hf_galore.integrations.sink_cache",
     "TernaryLog": "hf_galore.integrations.bitlinear_callbacks",
+    "add_attention_bias": "hf_galore.integrations.attention_bias",
     "distill": "hf_galore.integrations.distillation",
     "galore_param_groups": "hf_galore.param_groups",
     "intervene": "hf_galore.attention.interventions",
@@ -27,6 +29,7 @@ _HOME_OF = {
     "massive_activations": "hf_galore.integrations.activations",
     "record_activations": "hf_galore.attention.activations",
     "register": "hf_galore.integrations",
+    "remove_attention_bias": "hf_galore.integrations.attention_bias",
     "replace_linear": "hf_galore.nn.convert",
     "restore_linear": "hf_galore.nn.convert",
     "save_bitnet": "hf_galore.integrations.bitnet",
@@ -41,12 +44,15 @@ if TYPE_CHECKING:
     from hf_galore.integrations import register as register
     from hf_galore.integrations import unregister as unregister
     from hf_galore.integrations.activations import massive_activations as massive_activations
+    from hf_galore.integrations.attention_bias import add_attention_bias as add_attention_bias
+    from hf_galore.integrations.attention_bias import remove_attention_bias as remove_attention_bias
     from hf_galore.integrations.bitlinear_callbacks import LambdaWarmup as LambdaWarmup
     from hf_galore.integrations.bitlinear_callbacks import TernaryLog as TernaryLog
     from hf_galore.integrations.bitnet import load_bitnet as load_bitnet
     from hf_galore.integrations.bitnet import save_bitnet as save_bitnet
     from hf_galore.integrations.distillation import distill as distill
     from hf_galore.integrations.peft import BitLinearConfig as BitLinearConfig
+    from hf_galore.integrations.peft_attention_bias import AttentionBiasConfig as AttentionBiasConfig
     from hf_galore.integrations.sink_cache import SinkCache as SinkCache
     from hf_galore.nn.bitlinear import BitLinear as BitLinear
     from hf_galore.nn.convert import replace_linear as replace_linear

@@ -125,9 +125,9 @@ def find_targets(
         chosen = [(path, param) for path, param in candidates if not _inside(path, left_out)]
     else:
         for pattern in patterns:
-            if not any(_matches(pattern, path) for path, _ in candidates):
+            if not any(matches(pattern, path) for path, _ in candidates):
                 raise ValueError(_nothing_matches(pattern, model, [path for path, _ in candidates]))
-        chosen = [(path, param) for path, param in candidates if any(_matches(p, path) for p in patterns)]
+        chosen = [(path, param) for path, param in candidates if any(matches(p, path) for p in patterns)]
 
     named = {prefix for prefix in adapters if any(_stem(prefix) in pattern for pattern in patterns)}
     targets = {
@@ -188,7 +188,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
 
 
-def _matches(pattern: str, path: str) -> bool:
+def matches(pattern: str, path: str) -> bool:
     """Whether the pattern is a part of the path, or a regular expression for the whole of it."""
     if pattern in path:
         return True
@@ -237,7 +237,7 @@ def _adapter_prefixes(model: nn.Module) -> set[str]:
 
 def _nothing_matches(pattern: str, model: nn.Module, paths: list[str]) -> str:
     """The error text for a pattern without a match: what it hit that cannot be projected, or the nearest names."""
-    unfit = [path for path, _ in model.named_modules() if path and _matches(pattern, path)]
+    unfit = [path for path, _ in model.named_modules() if path and matches(pattern, path)]
     if unfit:
         return (
             f"target_modules: {pattern!r} matches only modules without a matrix that can be projected (such as "

@@ -5,33 +5,38 @@ from importlib import import_module
 
 from transformers.utils.import_utils import is_bitsandbytes_available, is_peft_available
 
+from hf_galore.integrations import attention as _attention
 from hf_galore.integrations import deepspeed as _deepspeed
 from hf_galore.integrations import transformers as _transformers
 
 _BITSANDBYTES = "hf_galore.integrations.bitsandbytes"
-_PEFT = "hf_galore.integrations.peft"
+_PEFT = ("hf_galore.integrations.peft", "hf_galore.integrations.peft_attention_bias")
 
 
 def register() -> None:
     """Makes transformers' Trainer and accelerate's DeepSpeed use hf_galore.
 
-    Quantized layers of bitsandbytes become trainable if it is installed, and peft knows BitLinearConfig if it is.
+    Attention modules of transformers run the hooks that are put on them. Quantized layers of bitsandbytes become
+    trainable if it is installed, and peft knows BitLinearConfig and AttentionBiasConfig if it is.
 
     Idempotent; `unregister` undoes it exactly.
     """
     _transformers.register()
+    _attention.register()
     _deepspeed.register()
     if is_bitsandbytes_available():
         import_module(_BITSANDBYTES).register()
     if is_peft_available():
-        import_module(_PEFT).register()
+        for path in _PEFT:
+            import_module(path).register()
 
 
 def unregister() -> None:
     """Restores everything as it was before `register`. Does nothing if it is not registered."""
     _transformers.unregister()
+    _attention.unregister()
     _deepspeed.unregister()
-    for path in (_BITSANDBYTES, _PEFT):
+    for path in (_BITSANDBYTES, *_PEFT):
         if path in sys.modules:
             sys.modules[path].unregister()
 

@@ -14,10 +14,7 @@ what they were is in a temporary file (`hf_galore.nn.originals`), from which `di
 from copy import copy
 from typing import Any
 
-from peft import PeftType
-from peft import mapping as peft_mapping
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
-from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from hf_galore.checks import check_choice
@@ -32,6 +29,7 @@ from hf_galore.integrations.peft_layer import (
     originals_of,
     restore,
 )
+from hf_galore.integrations.peft_method import register_method, unregister_method
 from hf_galore.integrations.peft_packed import check_packable, packed
 from hf_galore.nn.convert import RESTORED, check_convertible, is_normed, share_activations
 from hf_galore.nn.originals import TensorFile
@@ -42,35 +40,12 @@ MERGED = (*RESTORED, "packed")
 
 def register() -> None:
     """Makes peft know `BitLinearConfig`. Idempotent; see `unregister`."""
-    if NAME in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, NAME)
-    member._name_, member._value_, member._sort_order_ = NAME, NAME, len(PeftType)
-    member.__objclass__ = PeftType
-    type.__setattr__(PeftType, NAME, member)
-    PeftType._member_names_.append(NAME)
-    PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
-    if hasattr(PeftType, "_hashable_values_"):
-        PeftType._hashable_values_.append(NAME)
-    register_peft_method(name=NAME.lower(), config_cls=BitLinearConfig, model_cls=BitLinearModel)
+    register_method(NAME, BitLinearConfig, BitLinearModel)
 
 
 def unregister() -> None:
     """Restores peft exactly as it was before `register`. Does nothing if it is not registered."""
-    if NAME not in PeftType.__members__:
-        return
-    for mapping in (
-        peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
-        peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
-        peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING,
-        PeftType._member_map_,
-        PeftType._value2member_map_,
-    ):
-        del mapping[NAME]
-    PeftType._member_names_.remove(NAME)
-    if hasattr(PeftType, "_hashable_values_"):
-        PeftType._hashable_values_.remove(NAME)
-    type.__delattr__(PeftType, NAME)
+    unregister_method(NAME)
 
 
 class BitLinearModel(BaseTuner):

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 
 from hf_galore.checks import check_boolean, check_number
+from hf_galore.integrations.peft_method import registered_type
 from hf_galore.nn.convert import check_norms
 from hf_galore.param_groups import ALL_LINEAR
 
@@ -44,28 +45,41 @@ class BitLinearConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if NAME not in PeftType.__members__:
-            raise RuntimeError("peft does not know BitLinearConfig yet: call hf_galore.register() first")
-        self.peft_type = PeftType[NAME]
+        self.peft_type = registered_type(NAME, self)
         for name in ("quantize_activations", "use_rms_norm", "use_sub_norm", "keep_original"):
             check_boolean(name, getattr(self, name))
         check_number("rms_norm_eps", self.rms_norm_eps, low=0.0)
         check_norms(self.use_rms_norm, self.use_sub_norm)
-        _check_names("target_modules", self.target_modules)
-        if self.exclude_modules is not None:
-            _check_names("exclude_modules", self.exclude_modules)
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                f"layers_to_transform goes with a list of names, not with target_modules={self.target_modules!r}"
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern goes with layers_to_transform, which is not given")
+        check_modules(self, ALL_LINEAR)
 
 
-def _check_names(argument: str, names: Any) -> None:
+def check_modules(config: Any, everything: str, has_layers: bool = False) -> None:
+    """Checks what a config says of modules.
+
+    Args:
+        everything: what stands for all modules of the method.
+        has_layers: whether `layers_to_transform` goes with that.
+
+    Raises:
+        TypeError: `target_modules` or `exclude_modules` are neither a regular expression nor names.
+        ValueError: they are empty, or `layers_to_transform` or `layers_pattern` lack what they go with.
+    """
+    _check_names("target_modules", config.target_modules, everything)
+    if config.exclude_modules is not None:
+        _check_names("exclude_modules", config.exclude_modules, everything)
+    is_list = not isinstance(config.target_modules, str) or (has_layers and config.target_modules == everything)
+    if config.layers_to_transform is not None and not is_list:
+        raise ValueError(
+            f"layers_to_transform goes with a list of names, not with target_modules={config.target_modules!r}"
+        )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("layers_pattern goes with layers_to_transform, which is not given")
+
+
+def _check_names(argument: str, names: Any, everything: str) -> None:
     """Raises TypeError unless these are names or a regular expression, ValueError if there are none."""
     is_collection = isinstance(names, list | tuple | set)
     if not isinstance(names, str) and not (is_collection and all(isinstance(name, str) for name in names)):
-        raise TypeError(f"{argument}={names!r} must be {ALL_LINEAR!r}, a regular expression, or a list of names")
+        raise TypeError(f"{argument}={names!r} must be {everything!r}, a regular expression, or a list of names")
     if not names:
-        raise ValueError(f"{argument}={names!r} names no modules: pass {ALL_LINEAR!r} or names")
+        raise ValueError(f"{argument}={names!r} names no modules: pass {everything!r} or names")

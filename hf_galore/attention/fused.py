@@ -1,0 +1,69 @@
+"""torch's fused attention on the CPU with columns merged in: one call of its kernel, forward and backward.
+
+A mask with a column would keep the kernel from skipping what is behind the diagonal, and would need keys and values
+copied behind the column. Here they stay as they are. With p = σ(s' − lse) and a the gate (1 without one), the result
+
+    out + a·p·(v' − out)
+
+has the derivative, with respect to the score of a token that the kernel calls S and its own softmax P = exp(S − lse),
+
+    (1 − a·p) P [u·V − u·(out + c·(v' − out))]        c = a·p·(1 − p) / (1 − a·p),  u the gradient of the result
+
+which is what the kernel's backward computes if it is told that its result was out + c·(v' − out) and its log-sum-exp
+lse − log(1 − a·p). At a = 0 result and gradients are those of the kernel alone, bit for bit.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class FusedWithColumns(torch.autograd.Function):
+    """The attention (B, H, Q, e) of queries (B, H, Q, d) over keys and values (B, H, K, d) and over columns.
+
+    `mask` is None or to be added to the scores; `score` and `column_value` are what `column_scores` returns; `gate` is
+    None or of a shape (1, H, Q or 1, 1).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        score: Tensor,
+        column_value: Tensor,
+        gate: Tensor | None,
+    ) -> Tensor:
+        out, lse = _flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        share = (score - lse).sigmoid()[..., None]
+        mass = share if gate is None else share * gate
+        ctx.save_for_backward(query, key, value, mask, out, lse, share, column_value, gate)
+        ctx.causal, ctx.scale = causal, scale
+        return (out + mass * (column_value - out)).to(out.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, out, lse, share, column_value, gate = ctx.saved_tensors
+        mass = share if gate is None else share * gate
+        step = column_value - out
+        tiny = torch.finfo(mass.dtype).tiny
+        moved = share if gate is None else mass * (1 - share) / (1 - mass).clamp_min(tiny)
+        merged = (out + moved * step).to(out.dtype)
+        lowered = lse - (-mass).log1p()[..., 0]
+        parts = _flash_backward(
+            grad, query, key, value, merged, lowered, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
+        )
+        along = (grad * step).sum(-1, keepdim=True)  # u·(v' − out)
+        by_score = (mass * (1 - share) * along)[..., 0]
+        by_gate = None if gate is None else (share * along).sum_to_size(gate.shape)
+        return *parts, None, None, None, by_score, mass * grad, by_gate
