@@ -4,17 +4,12 @@ The file is its own script: torchrun starts it twice, with two ranks that run al
 checkpoints. Ranks write what they have; the tests compare with a single process that has twice the batch.
 """
 
-import fcntl
 import gc
 import itertools
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -26,6 +21,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
+from deepspeed_ops import LIMIT, build_operators, locked, python
 from trainer_cases import RANK, Run, Trainer, assert_same, build, distance, llama, logged, tokens, weights
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -34,14 +30,12 @@ import hf_galore
 from hf_galore import GaLoreAdamW, galore_param_groups
 from hf_galore.lowrank_backward import enable, engine_of
 
-LIMIT = 1800  # seconds of a launch, on two slow cores that other tests are using as well
 pytestmark = pytest.mark.timeout(2 * LIMIT)  # DeepSpeed's CPU Adam is compiled once, in 90 CPU-seconds or more
 
 RANKS = 2
 STEPS, SAVED = 5, 3  # T = 2: bases are refreshed in every step
 RATE = 1e-3
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "examples" / "accelerate"
-EXTENSIONS = Path.home() / ".cache" / "hf_galore" / "torch_extensions"
 
 ZERO = {
     "zero1": {"stage": 1},
@@ -339,54 +333,7 @@ def main(output: Path, is_launched: bool) -> None:
 # In the tests.
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system gives it back when that is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-    "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja
-}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-
-
-def python(*arguments: str, **environment: str) -> str:
-    """What a Python process with its children wrote to stderr; none of them outlives it."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        env={**os.environ, **ENVIRONMENT, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, errors = process.communicate(timeout=LIMIT)
-    except BaseException:
-        process.terminate()  # torchrun ends its ranks, which are in sessions of their own
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        raise
-    told = [line for line in errors.splitlines() if line.startswith("[rank")] or errors.splitlines()
-    assert process.returncode == 0, "\n".join(told[-60:])
-    return errors
-
-
-def build_cpu_adam() -> None:
-    """DeepSpeed's CPU Adam, unless it is there. A build that was killed leaves a lock that all later ones wait for."""
-    with locked(EXTENSIONS / "hf_galore.lock"):
-        for left in EXTENSIONS.glob("*/lock"):
-            left.unlink()
-        python("-c", "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()")
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +343,7 @@ def folder(tmp_path_factory) -> Path:
     output = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "deepspeed"
     with locked(output / "lock"):
         if not (output / "log").exists():
-            build_cpu_adam()
+            build_operators()
             llama().save_pretrained(output / "llama")
             logs = [
                 python(*TORCHRUN, f"--nproc_per_node={ranks}", __file__, str(output), ACCELERATE_USE_DEEPSPEED="true")

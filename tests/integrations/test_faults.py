@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from deepspeed_ops import ENVIRONMENT, build_operators
 from torchrun import leave_together, torchrun
 from trainer_cases import Run, assert_same, llama, tokens
 
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def run(method: str, engine: str, *arguments: Any) -> subprocess.CompletedProcess:
-    variables = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"} if engine == "zero2" else {}
+    variables = {**ENVIRONMENT, "ACCELERATE_USE_DEEPSPEED": "true"} if engine == "zero2" else {}
     return torchrun(__file__, method, engine, *arguments, ranks=2, **variables)
 
 
@@ -87,6 +88,8 @@ def finished(method: str, engine: str, folder: Path, *options: Any) -> dict[str,
 @pytest.fixture(scope="module", params=CASES, ids=" ".join)
 def undisturbed(request, tmp_path_factory):
     """(method, engine, weights) of a run that nothing happens to."""
+    if request.param[1] == "zero2":
+        build_operators()
     return *request.param, finished(*request.param, tmp_path_factory.mktemp("undisturbed"))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed_ops import ENVIRONMENT, build_operators
 from trainer_cases import llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +39,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 def launch(command: list[Any], model: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """What the script found that trained the model, started by the command."""
     result = folder / "result.json"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env = {**os.environ, **ENVIRONMENT}
     env["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), env.get("PYTHONPATH", "")])
     options = [*OPTIONS, f"--model={model}", f"--output_dir={folder}", f"--result={result}"]
     process = subprocess.run([*map(str, command), *options], env=env, capture_output=True, text=True)
@@ -48,7 +49,8 @@ def launch(command: list[Any], model: Path, folder: Path) -> dict[str, dict[str,
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with the model: ZeRO-3 would draw other weights."""
+    """A folder with the model: ZeRO-3 would draw other weights. DeepSpeed's operators are there as well."""
+    build_operators()
     folder = tmp_path_factory.mktemp("model")
     llama(attention_bias=False).save_pretrained(folder)
     return folder
