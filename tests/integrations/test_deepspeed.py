@@ -20,8 +20,8 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch.utils.data import DataLoader
 from deepspeed_ops import LIMIT, build_operators, locked, python
+from torch.utils.data import DataLoader
 from trainer_cases import RANK, Run, Trainer, assert_same, build, distance, llama, logged, tokens, weights
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
