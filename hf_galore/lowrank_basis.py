@@ -168,9 +168,10 @@ class LayerBasis:
             assert layer.test_matrix is not None
             test = layer.test_matrix if layer.link is None else layer.link.send(layer.test_matrix)
             test = test.to(device=x.device, dtype=self.work)
-            if self.engine.observe is not None:
-                test = torch.cat((test, self._probes(layer, test)), dim=1)
-            part = matmul(x.mT, matmul(gy, test)) if self.right else matmul(gy.mT, matmul(x, test))
+            one, other = (x, gy) if self.right else (gy, x)
+            part = matmul(one.mT, matmul(other, test))
+            if self.engine.observe is not None:  # products of their own: wider ones may round otherwise
+                part = torch.cat((part, matmul(one.mT, matmul(other, self._probes(layer, test)))), dim=1)
             self.sketch = part if self.sketch is None else self.sketch.add_(part)
 
     def gradient_added(self, layer: LowRankLayer) -> None:
@@ -211,7 +212,7 @@ class LayerBasis:
         link = self.layers[0].link
         if link is not None:
             self.sketch = link.receive(self.sketch)
-        self.sketch, probed = self.sketch[:, : self.rank], self.sketch[:, self.rank :]
+        self.sketch, probed = self.sketch[:, : self.rank].contiguous(), self.sketch[:, self.rank :]
         if self.momenta is not None:
             self._add_momenta(self.momenta)
         self._made = self._new_basis(self.sketch, Left())

@@ -276,8 +276,10 @@ def test_bits_depend_on_the_key_and_the_element_alone(form, monkeypatch):
         results[name] = decoded(layer)
     for name, value in results.items():
         same = torch.equal(value, results["first"])
-        # A GEMM of other rows may round otherwise, which can tip a value next to its threshold.
-        close = name == "two rows at a time" and (value != results["first"]).float().mean() < 1e-3
+        # A GEMM of other rows may round otherwise, which moves a block's scale by some ulp (the decoded values of a
+        # 4-bit or 8-bit block are apart by a hundredth at least) and can tip a value next to its threshold.
+        tipped = ~torch.isclose(value, results["first"], rtol=1e-5, atol=0.0)
+        close = name == "two rows at a time" and tipped.float().mean() < 1e-3
         assert (same or close) == (not name.startswith("other")), name
 
 

@@ -77,9 +77,12 @@ def model(cell: Cell) -> nn.Module:
     if cell.family == "gpt2":
         return build(transformers.GPT2Config, DTYPES[cell.dtype], attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     dense = llama(DTYPES[cell.dtype], attention_bias=False)  # the gradient of a key's bias is nothing but rounding
+    # Codes of activations are made of float32 norms, where a last bit of a product can tip one of them: a CPU may
+    # multiply two rows otherwise than four. In float64 only weights are rounded, in the bf16 cell both.
+    rounding = {"quantize_activations": cell.dtype != "float64"}
     if cell.family == "peft":
-        return get_peft_model(dense, hf_galore.BitLinearConfig(task_type="CAUSAL_LM"))
-    return hf_galore.replace_linear(dense) if cell.family == "ternary" else dense
+        return get_peft_model(dense, hf_galore.BitLinearConfig(task_type="CAUSAL_LM", **rounding))
+    return hf_galore.replace_linear(dense, **rounding) if cell.family == "ternary" else dense
 
 
 def arguments(method: str, cell: Cell, ranks: int, **changes: Any) -> dict[str, Any]:
