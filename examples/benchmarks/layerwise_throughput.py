@@ -80,7 +80,9 @@ METHODS = {
     "galore_adamw_layerwise, share_inputs": Method(
         "galore_adamw_layerwise", STREAMING, registered=True, more=", stagger=false, share_inputs=true"
     ),
-    "galore_adamw, randomized": Method("galore_adamw", IN_ONE_STEP, registered=True, more=", subspace=randomized, moments=keep"),
+    "galore_adamw, randomized": Method(
+        "galore_adamw", IN_ONE_STEP, registered=True, more=", subspace=randomized, moments=keep"
+    ),
 }
 Runs = dict[str, list[dict[str, float]]]  # what `train` finds, by method, once for each round
 BASELINES = {"ratio_adamw": "adamw_torch_fused", "ratio_lora": "LoRA", "ratio_galore_torch": "galore-torch"}
