@@ -19,10 +19,9 @@ def run(script, *arguments, cwd) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "adamw_torch"])
-def test_sft_ends_with_an_answer_of_plain_transformers(tmp_path, optim):
+def test_sft_ends_with_an_answer_of_plain_transformers(tmp_path):
     pytest.importorskip("trl")
-    options = ["--use_cpu", "--max_steps=6", "--logging_steps=2", "--optim", optim, "--teacher=0.1"]
+    options = ["--use_cpu", "--max_steps=6", "--logging_steps=2", "--optim=galore_adamw_layerwise", "--teacher=0.1"]
     output = run("bitnet_sft.py", *options, "--output_dir=out", cwd=tmp_path)
     first, last = map(float, re.search(r"train loss: (\S+) at the start, (\S+) at the end", output).groups())
     assert last < first

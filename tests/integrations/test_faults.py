@@ -24,7 +24,8 @@ from hf_galore.lowrank_layer import UPDATE
 from hf_galore.shards import whole
 
 STEPS, SAVE, KILLED = 6, 2, 5  # T = 2; checkpoints 2, 4 and 6
-CASES = [("galore_adamw", "ddp"), ("galore_adamw_8bit_layerwise", "fsdp2"), ("galore_adamw_layerwise", "zero2")]
+KILLED_IN_A_STEP = [("galore_adamw", "ddp"), ("galore_adamw_layerwise", "zero2")]
+KILLED_WHILE_SAVING = [("galore_adamw_8bit_layerwise", "fsdp2")]
 
 
 class Killer(transformers.TrainerCallback):
@@ -85,32 +86,28 @@ def finished(method: str, engine: str, folder: Path, *options: Any) -> dict[str,
     return torch.load(folder / "weights.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=" ".join)
-def undisturbed(request, tmp_path_factory):
-    """(method, engine, weights) of a run that nothing happens to."""
-    if request.param[1] == "zero2":
+@pytest.mark.parametrize(("method", "engine"), KILLED_IN_A_STEP)
+def test_a_rank_is_killed_in_a_step(method, engine, tmp_path):
+    """A restart from the last checkpoint ends with the bits of a run that nothing happens to."""
+    if engine == "zero2":
         build_operators()
-    return *request.param, finished(*request.param, tmp_path_factory.mktemp("undisturbed"))
-
-
-def test_a_rank_is_killed_in_a_step(undisturbed, tmp_path):
-    """A restart from the last checkpoint ends with the same bits."""
-    method, engine, expected = undisturbed
     assert run(method, engine, tmp_path, "--kill=step").returncode != 0
     assert not (tmp_path / "weights.pt").exists()
     assert (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
-    assert_same(finished(method, engine, tmp_path, "--resume=last"), expected)
+    resumed = finished(method, engine, tmp_path, "--resume=last")
+    assert_same(resumed, finished(method, engine, tmp_path / "undisturbed"))
 
 
-def test_all_are_killed_while_they_save(undisturbed, tmp_path):
+@pytest.mark.parametrize(("method", "engine"), KILLED_WHILE_SAVING)
+def test_all_are_killed_while_they_save(method, engine, tmp_path):
     """Nothing goes on from half a checkpoint; from the one before it training ends with the same bits."""
-    method, engine, expected = undisturbed
     assert run(method, engine, tmp_path, "--kill=save").returncode != 0
     assert (tmp_path / "checkpoint-4").exists()
     refused = run(method, engine, tmp_path, "--resume=last")
     assert refused.returncode != 0
     assert "trainer_state.json" in refused.stderr
-    assert_same(finished(method, engine, tmp_path, f"--resume={tmp_path / 'checkpoint-2'}"), expected)
+    resumed = finished(method, engine, tmp_path, f"--resume={tmp_path / 'checkpoint-2'}")
+    assert_same(resumed, finished(method, engine, tmp_path / "undisturbed"))
 
 
 if __name__ == "__main__":
