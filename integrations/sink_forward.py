@@ -28,7 +28,7 @@ def attach(cache: "SinkCache", decoder: Any) -> None:
     after = partial(_after, weakref.ref(cache))
     for handle in (
         decoder.register_forward_pre_hook(before, with_kwargs=True),
-        decoder.register_forward_hook(after, with_kwargs=True),
+        decoder.register_forward_hook(after, with_kwargs=True, prepend=True),
     ):
         weakref.finalize(cache, handle.remove)
 
