@@ -18,9 +18,11 @@ _HOME_OF = {
     "GaLoreAdamW": "hf_galore.optim.adamw",
     "GaLoreAdamW8bit": "hf_galore.optim.adamw8bit",
     "LambdaWarmup": "hf_galore.integrations.bitlinear_callbacks",
+    "RegisterTokensConfig": "hf_galore.integrations.peft_register_tokens",
     "SinkCache": "hf_galore.integrations.sink_cache",
     "TernaryLog": "hf_galore.integrations.bitlinear_callbacks",
     "add_attention_bias": "hf_galore.integrations.attention_bias",
+    "add_register_tokens": "hf_galore.integrations.register_tokens",
     "distill": "hf_galore.integrations.distillation",
     "galore_param_groups": "hf_galore.param_groups",
     "intervene": "hf_galore.attention.interventions",
@@ -30,6 +32,7 @@ _HOME_OF = {
     "record_activations": "hf_galore.attention.activations",
     "register": "hf_galore.integrations",
     "remove_attention_bias": "hf_galore.integrations.attention_bias",
+    "remove_register_tokens": "hf_galore.integrations.register_tokens",
     "replace_linear": "hf_galore.nn.convert",
     "restore_linear": "hf_galore.nn.convert",
     "save_bitnet": "hf_galore.integrations.bitnet",
@@ -53,6 +56,9 @@ if TYPE_CHECKING:
     from hf_galore.integrations.distillation import distill as distill
     from hf_galore.integrations.peft import BitLinearConfig as BitLinearConfig
     from hf_galore.integrations.peft_attention_bias import AttentionBiasConfig as AttentionBiasConfig
+    from hf_galore.integrations.peft_register_tokens import RegisterTokensConfig as RegisterTokensConfig
+    from hf_galore.integrations.register_tokens import add_register_tokens as add_register_tokens
+    from hf_galore.integrations.register_tokens import remove_register_tokens as remove_register_tokens
     from hf_galore.integrations.sink_cache import SinkCache as SinkCache
     from hf_galore.nn.bitlinear import BitLinear as BitLinear
     from hf_galore.nn.convert import replace_linear as replace_linear

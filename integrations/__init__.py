@@ -10,14 +10,19 @@ from hf_galore.integrations import deepspeed as _deepspeed
 from hf_galore.integrations import transformers as _transformers
 
 _BITSANDBYTES = "hf_galore.integrations.bitsandbytes"
-_PEFT = ("hf_galore.integrations.peft", "hf_galore.integrations.peft_attention_bias")
+_PEFT = (
+    "hf_galore.integrations.peft",
+    "hf_galore.integrations.peft_attention_bias",
+    "hf_galore.integrations.peft_register_tokens",
+)
 
 
 def register() -> None:
     """Makes transformers' Trainer and accelerate's DeepSpeed use hf_galore.
 
     Attention modules of transformers run the hooks that are put on them. Quantized layers of bitsandbytes become
-    trainable if it is installed, and peft knows BitLinearConfig and AttentionBiasConfig if it is.
+    trainable if it is installed, and peft knows BitLinearConfig, AttentionBiasConfig and RegisterTokensConfig if it
+    is.
 
     Idempotent; `unregister` undoes it exactly.
     """

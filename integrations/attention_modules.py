@@ -90,7 +90,7 @@ def check_reached(model: PreTrainedModel, targets: Mapping[str, tuple[nn.Module,
         add_hook(module, see)
     try:
         with torch.no_grad(), torch.random.fork_rng([] if model.device.type == "cpu" else [model.device]):
-            model(**_example(model))
+            model(**example_of(model))
     finally:
         for module in modules:
             remove_hook(module, see)
@@ -104,7 +104,7 @@ def check_reached(model: PreTrainedModel, targets: Mapping[str, tuple[nn.Module,
             raise ValueError(f"target_modules: {path!r} attends with {seen[module]} and not with {heads}")
 
 
-def _example(model: PreTrainedModel) -> dict[str, Tensor]:
+def example_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """The smallest input that the model takes."""
     name = model.main_input_name
     config: Any = model.config

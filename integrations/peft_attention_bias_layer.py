@@ -3,25 +3,24 @@
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from hf_galore.attention.bias import Columns, Heads
+from hf_galore.attention.bias import Heads
+from hf_galore.integrations.peft_one_active import OneActiveLayer
 
 
-class AttentionBiasLayer(nn.Module, BaseTunerLayer):
+class AttentionBiasLayer(OneActiveLayer):
     """The columns of one attention module, by adapter: the child that the attention asks for its bias."""
 
-    prefix = "kv_columns"  # by which transformers finds our parameters in a file, and not the module that has them
+    prefix = "kv_columns"
+    what = "attention bias"
     adapter_layer_names = (prefix,)
     kv_columns: nn.ModuleDict
-    active_adapters: list[str]
 
     def __init__(self, attention: nn.Module, heads: Heads) -> None:
-        super().__init__()
-        self.kv_columns = nn.ModuleDict()
+        super().__init__(attention)
         self.heads = heads
-        self.device = next(attention.parameters()).device
         self._attention = (attention,)  # in a tuple, so that it is no child
         self._unmerged: Tensor | None = None
 
@@ -29,24 +28,6 @@ class AttentionBiasLayer(nn.Module, BaseTunerLayer):
     def attention(self) -> Any:
         """The module whose child this is."""
         return self._attention[0]
-
-    def forward(self, device: torch.device) -> Columns | None:
-        """The columns of the active adapter; None if there is none here, it is disabled or it is merged."""
-        names = [name for name in self.active_adapters if name in self.kv_columns]
-        if self.disable_adapters or self.merged or not names:
-            return None
-        columns: Columns = self.kv_columns[names[0]](device)
-        return columns
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As peft's.
-
-        Raises:
-            ValueError: several at once.
-        """
-        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
-            raise ValueError(f"one attention bias is active at a time, not {', '.join(adapter_names)}")
-        super().set_adapter(adapter_names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
@@ -92,8 +73,3 @@ class AttentionBiasLayer(nn.Module, BaseTunerLayer):
             self.attention.sinks.data.copy_(self._unmerged)
         self._unmerged = None
         self.merged_adapters = []
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """peft's, called when the parameters of a file have taken the place of those that were here."""
-        if adapter_name in self.kv_columns and not any(p.is_meta for p in self.kv_columns[adapter_name].parameters()):
-            self.kv_columns[adapter_name].to(self.device if device is None else device)

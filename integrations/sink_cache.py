@@ -34,6 +34,10 @@ class SinkCache(Cache):
     it, in models that mix them with full attention. Queries of several tokens that do not fit into the cache need a
     mask, which `eager` and `sdpa` take; other attention implementations are fed such prompts token by token.
 
+    `torch.compile(model.forward)` makes one graph of a step, with `fullgraph` and with padding too, that serves all
+    positions once the window is full. `is_compileable` stays False nevertheless: generate() would then pass masks of
+    its own, and on a GPU record CUDA graphs, anew at each step because the number of tokens seen is not a tensor.
+
     Beams are reordered; assisted decoding is refused, as what was evicted cannot come back. A deep copy, such as of a
     cache that holds a prompt, shares the model.
 

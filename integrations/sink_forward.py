@@ -28,7 +28,7 @@ def attach(cache: "SinkCache", decoder: Any) -> None:
     after = partial(_after, weakref.ref(cache))
     for handle in (
         decoder.register_forward_pre_hook(before, with_kwargs=True),
-        decoder.register_forward_hook(after, with_kwargs=True),
+        decoder.register_forward_hook(after, with_kwargs=True, prepend=True),
     ):
         weakref.finalize(cache, handle.remove)
 
@@ -118,7 +118,7 @@ def _check_positions(window: SinkWindow, positions: Tensor | None, new: int) -> 
     """Raises ValueError unless there are tokens, and positions count those of each row, those seen before included."""
     if not new:
         raise ValueError(f"input_ids: no token is new after the {window.seen} seen; {_ALL_TOKENS}")
-    if positions is None:
+    if positions is None or torch.compiler.is_compiling():  # a graph cannot raise what depends on data
         return
     if new == 1 and not window.most_padding and positions.ndim == 2 and (positions == window.seen).all():
         return

@@ -23,7 +23,18 @@ from accelerate.utils import DistributedType
 from peft import get_peft_model
 from torch import Tensor, nn
 from torchrun import leave_together, results_of
-from trainer_cases import Run, assert_same, build, distance, llama, logged, state_of, tokens, weights
+from trainer_cases import (
+    Run,
+    assert_same,
+    build,
+    distance,
+    llama,
+    logged,
+    state_of,
+    tokens,
+    weights,
+    with_columns_and_registers,
+)
 from transformers import LlamaForCausalLM
 
 import hf_galore
@@ -59,6 +70,7 @@ CELLS = {
     "checkpointing": Cell(changes={"activation_checkpointing": True}),
     "gpt2": Cell(family="gpt2"),  # its weights are transposed
     "weight_decay": Cell(changes={"weight_decay": 0.1}),
+    "columns and registers": Cell(family="attention"),
     "ternary": Cell(family="ternary"),
     "ternary, checkpointing": Cell(changes={"activation_checkpointing": True}, family="ternary"),
     "ternary, bf16": Cell("float32", {"bf16": True}, family="ternary"),
@@ -77,6 +89,8 @@ def model(cell: Cell) -> nn.Module:
     if cell.family == "gpt2":
         return build(transformers.GPT2Config, DTYPES[cell.dtype], attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     dense = llama(DTYPES[cell.dtype], attention_bias=False)  # the gradient of a key's bias is nothing but rounding
+    if cell.family == "attention":
+        return with_columns_and_registers(dense)
     # Codes of activations are made of float32 norms, where a last bit of a product can tip one of them: a CPU may
     # multiply two rows otherwise than four. In float64 only weights are rounded, in the bf16 cell both.
     rounding = {"quantize_activations": cell.dtype != "float64"}

@@ -22,7 +22,19 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from deepspeed_ops import LIMIT, build_operators, locked, python
 from torch.utils.data import DataLoader
-from trainer_cases import RANK, Run, Trainer, assert_same, build, distance, llama, logged, tokens, weights
+from trainer_cases import (
+    RANK,
+    Run,
+    Trainer,
+    assert_same,
+    build,
+    distance,
+    llama,
+    logged,
+    tokens,
+    weights,
+    with_columns_and_registers,
+)
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -57,6 +69,7 @@ CHANGES = {
     "schedule": ({"lr_scheduler_type": "linear"}, {"lr_scheduler_type": "linear"}),
     "std": ({"optim_args": ", proj_type=std"}, {}),
     "options": ({"optim_args": OPTIONS}, {"optim_args": OPTIONS}),
+    "columns and registers": ({}, {}),
     "bf16": ({"bf16": True}, {}),
     "ternary": ({}, {}),
     "ternary, bf16": ({"bf16": True}, {}),
@@ -69,6 +82,7 @@ FLOAT32 = [
     *((engine, "galore_adamw", "schedule") for engine in ("zero2_offload", "zero3")),
     *((engine, "galore_adamw_layerwise", "options") for engine in ("zero2", "zero3")),
     ("zero1", "galore_adamw", "std"),
+    *itertools.product(("zero2", "zero3"), ("galore_adamw", "galore_adamw_layerwise"), ("columns and registers",)),
     *((engine, "galore_adamw", "ternary") for engine in ("zero1", "zero2", "zero3")),
 ]
 TERNARY_OFFLOAD = [("zero2_offload", "galore_adamw", "ternary"), ("zero3_offload", "galore_adamw", "ternary")]
@@ -110,13 +124,21 @@ REFUSED = {
 }
 
 
+# Kinds of models, by how the names of changes begin.
+KINDS = {"ternary": hf_galore.replace_linear, "columns and registers": with_columns_and_registers, "": lambda x: x}
+
+
 def ids(cell: tuple[str, str, str]) -> str:
     return "-".join(cell)
 
 
 def made(change: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The model of a run."""
-    return hf_galore.replace_linear(llama(dtype)) if change.startswith("ternary") else llama(dtype)
+    return KINDS[kind_of(change)](llama(dtype))
+
+
+def kind_of(change: str) -> str:
+    return next((kind for kind in KINDS if change.startswith(kind)), "")
 
 
 # In the ranks.
@@ -375,7 +397,7 @@ def single(tmp_path_factory):
     known: dict[tuple, tuple] = {}
 
     def run(name: str, change: str = "train", dtype: torch.dtype = torch.float32, steps: int = STEPS):
-        key = (name, change.startswith("ternary"), str(CHANGES[change][1]), dtype, steps)
+        key = (name, kind_of(change), str(CHANGES[change][1]), dtype, steps)
         if key not in known:
             hf_galore.register()
             model, run = made(change, dtype), Run(name, tmp_path_factory.mktemp("single"))

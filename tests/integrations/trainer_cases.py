@@ -51,6 +51,12 @@ def build(config: type, dtype: torch.dtype = torch.float32, seed: int = 0, **set
     return model.to(dtype)
 
 
+def with_columns_and_registers(model: Any) -> nn.Module:
+    """The model with an attention bias and register tokens, which weigh as much as its own weights do."""
+    hf_galore.add_attention_bias(model, start="random", n=2)
+    return hf_galore.add_register_tokens(model, 2)
+
+
 def tokens(samples: int = 64, length: int = 16, seed: int = 1) -> list[dict[str, Tensor]]:
     """Random sequences, each its own label."""
     ids = torch.randint(2, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
