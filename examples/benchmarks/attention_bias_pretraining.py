@@ -123,9 +123,10 @@ def measure(study: Study, variant: str, seed: int, options: argparse.Namespace) 
 
 
 def model_of(variant: str, study: Study, seed: int) -> GPT2LMHeadModel:
-    """A GPT-2 without dropout, with random weights."""
+    """A GPT-2 without dropout, with random weights; it has a position for a sink token besides."""
     torch.manual_seed(seed)
-    config = GPT2Config(**study.model, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+    shape = {**study.model, "max_position_embeddings": study.model["max_position_embeddings"] + 1}
+    config = GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
     model = GPT2LMHeadModel(config)
     if variant == "sink token":
         hf_galore.add_register_tokens(model, 1)

@@ -38,7 +38,8 @@ class ActivationRecorder:
         """Takes the hidden states (batch, tokens, d) after a block."""
         h = h.detach()
         tally = self.hidden.setdefault(block, HiddenTally(self.top, self.criterion))
-        for states, ids, (index, classes) in zip(h, _rows(sequences.ids, len(h)), sequences.rows(h), strict=True):
+        rows = sequences.rows(h)
+        for states, ids, (index, classes) in zip(h, _rows(sequences.ids, len(h)), rows, strict=True):
             tally.add(states[index], classes, None if ids is None else ids[index.to(ids.device)])
 
     def add_weights(self, block: int, weights: Tensor, sequences: Sequences) -> None:

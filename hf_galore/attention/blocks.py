@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_galore.attention.registers import RegisterTokens
 from hf_galore.attention.tokens import Sequences, sequences_of
 
 _ATTENTION = re.compile(r"Attention\d*$")
@@ -99,7 +100,9 @@ class _Watch:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # the names may be fewer than the arguments (*args) or more
-        self._sequences = sequences_of(dict(zip(self._parameters, args, strict=False)) | kwargs, self.delimiters)
+        registers = {module.n_tokens for module in model.modules() if isinstance(module, RegisterTokens)}
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        self._sequences = sequences_of(given, self.delimiters, registers)
         self._ran, self._weighed = set(), {}
 
     def end(self, *_: Any) -> None:

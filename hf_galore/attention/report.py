@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_galore.attention.criterion import Criterion
 from hf_galore.attention.tallies import Activation, AttentionTally, HiddenTally, Place
-from hf_galore.attention.tokens import CLASSES
+from hf_galore.attention.tokens import CLASSES, REGISTER
 
 SINK_SHARE = 0.3  # a head with more attention than this on the start token has a sink there
 
@@ -189,7 +189,8 @@ def _shares(tally: AttentionTally) -> Shares:
 
 
 def _describe(one: Activation, names: Mapping[int, str]) -> str:
-    token = "" if one.token is None else f" ({names.get(one.token, one.token)})"
+    named = {REGISTER: "register token", **names}
+    token = "" if one.token is None else f" ({named.get(one.token, one.token)})"
     text = f"{one.value:.4g} at token {one.position}{token}, feature {one.feature}"
     return text.replace("|", "\\|").replace("\n", "\\n")
 

@@ -1,12 +1,15 @@
 """What kind of token is where in the sequences of a forward pass: the start, the first delimiter, others, padding."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_galore.attention.placement import Placement, left_padding
+
 CLASSES = ("start", "first_delimiter", "other")
+REGISTER = -1  # stands for the id of a register token, which is no word
 _PADDING = -1
 
 
@@ -31,23 +34,26 @@ def token_classes(valid: Tensor, ids: Tensor | None, delimiters: Sequence[int]) 
 
 
 class Sequences:
-    """The sequences of one forward pass, one a row.
+    """The sequences of one forward pass, one a row. Where register tokens are put in front, the first is the start.
 
     Args:
         ids: (batch, tokens), or None where the input is none, such as images.
         mask: (batch, tokens), 0 for padding, or None: no padding.
         delimiters: token ids.
+        registers: how many register tokens may be put in front.
 
     Raises:
         ValueError: the mask is not of that shape, or there are delimiters but no ids to compare with them.
     """
 
-    def __init__(self, ids: Tensor | None, mask: Tensor | None, delimiters: Sequence[int] = ()) -> None:
+    def __init__(
+        self, ids: Tensor | None, mask: Tensor | None, delimiters: Sequence[int] = (), registers: Collection[int] = ()
+    ) -> None:
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask: of shape {tuple(mask.shape)}, where (batch, tokens) is needed")
         if ids is None and delimiters:
             raise ValueError("delimiters: the forward pass has no input_ids to compare with them; pass them by name")
-        self.ids, self.mask, self.delimiters = ids, mask, delimiters
+        self.ids, self.mask, self.delimiters, self.registers = ids, mask, delimiters, registers
         self._classes: Tensor | None = None
 
     def classes(self, h: Tensor) -> Tensor:
@@ -57,6 +63,7 @@ class Sequences:
             ValueError: the hidden states are of more or fewer tokens than the ids or the mask.
         """
         shape = h.shape[:2]
+        self._put_registers(shape[1])
         for name, given in (("input_ids", self.ids), ("attention_mask", self.mask)):
             if given is not None and given.shape != shape:
                 raise ValueError(f"{name}: of shape {tuple(given.shape)}, but a block has tokens {tuple(shape)}")
@@ -68,6 +75,18 @@ class Sequences:
             self._classes = self._classes.to(h.device)
         return self._classes
 
+    def _put_registers(self, length: int) -> None:
+        """Makes ids and mask those of the hidden states, where register tokens are the difference."""
+        given = self.ids if self.mask is None else self.mask
+        n = 0 if given is None else length - given.shape[1]
+        if given is None or n not in self.registers:
+            return
+        placement = Placement(n, None if self.mask is None else left_padding(self.mask))
+        if self.ids is not None:
+            self.ids = placement.put(self.ids.new_full((1, n), REGISTER), self.ids)
+        if self.mask is not None:
+            self.mask = placement.put(self.mask.new_ones(1, n), self.mask)
+
     def rows(self, h: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The (indices, classes) of the tokens of each sequence of h that are no padding."""
         found = []
@@ -77,7 +96,7 @@ class Sequences:
         return found
 
 
-def sequences_of(given: dict[str, Any], delimiters: Sequence[int]) -> Sequences:
+def sequences_of(given: dict[str, Any], delimiters: Sequence[int], registers: Collection[int]) -> Sequences:
     """The sequences among the arguments of a model's forward.
 
     Raises:
@@ -86,4 +105,4 @@ def sequences_of(given: dict[str, Any], delimiters: Sequence[int]) -> Sequences:
     cache = given.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError("past_key_values: whole sequences are needed, not their continuations; use use_cache=False")
-    return Sequences(given.get("input_ids"), given.get("attention_mask"), delimiters)
+    return Sequences(given.get("input_ids"), given.get("attention_mask"), delimiters, registers)

@@ -37,9 +37,11 @@ from activation_cases import (
 )
 from torch import nn
 
+import hf_galore
 from hf_galore import massive_activations, record_activations
 from hf_galore.attention.blocks import find_blocks
 from hf_galore.attention.criterion import Criterion
+from hf_galore.attention.tokens import REGISTER
 
 LOW = Criterion(magnitude=0.02, ratio=2.0)  # that the activations of random models meet now and then
 
@@ -211,6 +213,32 @@ def test_models_of_peft_are_reported_on():
     report = massive_activations(model, [batch], delimiters=(DELIMITER,)).to_dict()
     assert report["sites"] == wanted["sites"]
     assert [block["name"] for block in report["blocks"]] == [f"base_model.model.{b['name']}" for b in wanted["blocks"]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_register_token_is_the_start(side):
+    """The first of them, behind the padding; a batch is reported on as its rows alone are."""
+    model = make("llama", torch.float32)  # eager attention of transformers gives NaN to padded rows in float64
+    hf_galore.add_register_tokens(model, 2)
+    with torch.no_grad():
+        model.model.bias_tokens.tokens.copy_(torch.eye(2, HIDDEN).mul(1e4).flatten())
+    ids = tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, -4:] = 0
+    rows = [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :5]}]
+    if side == "left":
+        ids, mask = torch.stack([ids[0], ids[1].roll(4)]), mask.flip(1)
+    options = {"delimiters": [int(ids[0, -1])], "criterion": LOW}
+    report = massive_activations(model, [{"input_ids": ids, "attention_mask": mask}], **options)
+    alone = massive_activations(model, rows, **options)
+    assert report.to_markdown() == alone.to_markdown()
+    assert "register token" in report.to_markdown()
+    strongest = report.blocks[0].strongest[0]
+    assert (strongest.token, strongest.position) == (REGISTER, 0)
+    model.model.bias_tokens.tokens.data.zero_()  # one of no magnitude is none of those
+    assert "register token" not in massive_activations(model, rows, **options).to_markdown()
+    hf_galore.remove_register_tokens(model)
+    assert massive_activations(model, rows, **options).blocks[0].strongest[0].token != REGISTER
 
 
 def test_what_is_recomputed_counts_once():
