@@ -7,6 +7,7 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -150,96 +151,139 @@ def literal_adamw(grad: Tensor, first: Tensor, second: Tensor, rule: list[float]
 
 RULE = [0.9, 0.999, 1 - 0.9, 1 - 0.999, 1e-6, 1e-2]
 C_RULE = (ctypes.c_float * 6)(*RULE)
+DECAY = 0.875
+OF_MOMENTS = [KEY._replace(parameter=mix64(KEY.parameter, index)) for index in (1, 2)]
+WORDS = (ctypes.c_uint64 * 6)(*(word.value for key in (KEY, *OF_MOMENTS) for word in keys(key)))
+
+
+def assert_rounded(found: Tensor, exact: Tensor, bound: Tensor, rounding: str, key: RoundingKey = KEY) -> None:
+    """`found` is what `exact` (float64) rounds to, if that is known up to `bound`."""
+    if rounding == "float32":
+        assert ((found - exact).abs() <= bound).all()
+        return
+    expected = rounded(exact.float(), rounding, key)  # one next to an edge may go to its other side
+    assert (found != expected).double().mean() <= 0.01
+    assert ((found.double() - expected).abs() <= bound + 2.0**-7 * exact.abs()).all()
+
+
+def assert_stepped(found: Tensor, weight: Tensor, change: Tensor, bound: Tensor, rounding: str) -> None:
+    """`found` is decay·weight + change, which is known up to `bound`."""
+    exact = DECAY * weight.double() + change
+    assert_rounded(found, exact, bound + 2.0**-23 * (weight.double().abs() + change.abs()), rounding)
+
+
+def dtype_of(rounding: str) -> torch.dtype:
+    return torch.float32 if rounding == "float32" else torch.bfloat16
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(
+    ("of_weight", "of_moments"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("stochastic", "stochastic"), ("stochastic", "float32")],
+)
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (20, 515), (33, 16)])
-def test_adamw(kernels, rows, cols, rounding, grad_dtype):
-    dtype = torch.float32 if rounding == "float32" else torch.bfloat16
-    grad, first = matrix(rows, cols, grad_dtype, 0), matrix(rows, cols, dtype, 1)
-    second, delta = matrix(rows, cols, dtype, 2).square(), torch.empty(rows, cols)
+def test_adamw(kernels, rows, cols, of_weight, of_moments, grad_dtype):
+    grad, first = matrix(rows, cols, grad_dtype, 0), matrix(rows, cols, dtype_of(of_moments), 1)
+    second, weight = matrix(rows, cols, dtype_of(of_moments), 2).square(), matrix(rows, cols, dtype_of(of_weight), 3)
     *moments, change, uncertain, of_change = literal_adamw(grad, first, second, RULE)
-    of_both = [KEY._replace(parameter=mix64(KEY.parameter, index)) for index in (1, 2)]
-    words = (ctypes.c_uint64 * 4)(*(word.value for key in of_both for word in keys(key)))
+    before = weight.clone()
     kernels.emulate_adamw(
-        ROUNDINGS[rounding],
+        ROUNDINGS[of_moments],
+        ROUNDINGS[of_weight],
+        pointer(weight),
+        ctypes.c_float(DECAY),
         pointer(grad),
         grad_dtype == torch.bfloat16,
         pointer(first),
         pointer(second),
-        pointer(delta),
         long(rows),
         long(cols),
         C_RULE,
-        words,
+        WORDS,
         long(FIRST_ROW),
     )
-    assert ((delta - change).abs() <= of_change).all()
+    assert_stepped(weight, before, change, of_change, of_weight)
     bounds = (uncertain, 4 * 2.0**-24 * moments[1])
-    for found, exact, bound, key in zip((first, second), moments, bounds, of_both, strict=True):
-        if rounding == "float32":
-            assert ((found - exact).abs() <= bound).all()
-        else:  # a float32 next to an edge may go to its other side
-            expected = rounded(exact.float(), rounding, key)
-            assert (found != expected).float().mean() <= 0.01
-            assert ((found.double() - expected).abs() <= bound + 2.0**-7 * exact.abs()).all()
+    for found, exact, bound, key in zip((first, second), moments, bounds, OF_MOMENTS, strict=True):
+        assert_rounded(found, exact, bound, of_moments, key)
+
+
+class Codes(NamedTuple):
+    """Both moments in 8 bits, lines in blocks of their own."""
+
+    codes: tuple[Tensor, Tensor]
+    scales: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, *moments: Tensor) -> "Codes":
+        kept = [
+            [blockwise.quantize(line, signed) for line in moment]
+            for moment, signed in zip(moments, (True, False), strict=True)
+        ]
+        codes = tuple(torch.stack([one for one, _ in lines]) for lines in kept)
+        return cls(codes, tuple(torch.cat([one for _, one in lines]) for lines in kept))
+
+    def values(self) -> list[Tensor]:
+        """The moments."""
+        lines, books = len(self.codes[0]), (True, False)
+        return [
+            torch.stack([blockwise.dequantize(*line, signed) for line in zip(codes, scales.chunk(lines), strict=True)])
+            for codes, scales, signed in zip(self.codes, self.scales, books, strict=True)
+        ]
+
+
+def step_of_8_bits(
+    kernels: ctypes.CDLL, weight: Tensor, grad: Tensor, kept: Codes, cols: int, rounding: str, downwards: bool
+) -> None:
+    """In place; three blocks of threads take turns."""
+    books = [blockwise.code_book(signed, torch.device("cpu")) for signed in (True, False)]
+    moments = [pointer(one) for parts in zip(kept.codes, kept.scales, books, strict=True) for one in parts]
+    kernels.emulate_adamw_blocks(
+        downwards,
+        ROUNDINGS[rounding],
+        pointer(weight),
+        ctypes.c_float(DECAY),
+        pointer(grad),
+        grad.dtype == torch.bfloat16,
+        *moments,
+        *map(long, (*grad.shape, cols)),
+        C_RULE,
+        WORDS,
+        long(FIRST_ROW),
+        ctypes.c_uint(3),
+    )
 
 
 @ORDERS
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("lines", "length"), [(1, 1), (1, 1000), (5, 256), (7, 300)])
-def test_adamw_of_8_bits(kernels, lines, length, grad_dtype, downwards):
-    """Codes and scales of the reference, for moments that it has quantized; three blocks of threads take turns."""
-    signs, device = (True, False), torch.device("cpu")
-    values = [matrix(lines, length, torch.float32, 1), matrix(lines, length, torch.float32, 2).square()]
-    kept = [[blockwise.quantize(line, signed) for line in value] for value, signed in zip(values, signs, strict=True)]
-    codes = [torch.stack([code for code, _ in one]) for one in kept]
-    scales = [torch.cat([scale for _, scale in one]) for one in kept]
-    first, second = (
-        torch.stack([blockwise.dequantize(*line, signed) for line in one])
-        for one, signed in zip(kept, signs, strict=True)
-    )
-    grad, delta = matrix(lines, length, grad_dtype, 0), torch.empty(lines, length)
-    *moments, change, _, of_change = literal_adamw(grad, first, second, RULE)
-    books = [blockwise.code_book(signed, device) for signed in signs]
-    tables = [(book, (book[:-1] + book[1:]) / 2) for book in books]
-    arguments = [pointer(one) for parts in zip(codes, scales, tables, strict=True) for one in (*parts[:2], *parts[2])]
-    kernels.emulate_adamw_blocks(
-        downwards,
-        pointer(grad),
-        grad_dtype == torch.bfloat16,
-        *arguments,
-        pointer(delta),
-        long(lines),
-        long(length),
-        C_RULE,
-        ctypes.c_uint(3),
-    )
-    assert ((delta - change).abs() <= of_change).all()
-    for found, scale, exact, signed in zip(codes, scales, moments, signs, strict=True):
-        expected = [blockwise.quantize(line.float(), signed) for line in exact]
-        torch.testing.assert_close(scale, torch.cat([one for _, one in expected]), rtol=1e-6, atol=0.0)
-        difference = found.int() - torch.stack([one for one, _ in expected]).int()
-        assert difference.abs().max() <= 1  # of a value at a boundary
-        assert (difference != 0).float().mean() <= 0.01
+@pytest.mark.parametrize(("rounding", "grad_dtype"), [("float32", torch.float32), ("stochastic", torch.bfloat16)])
+@pytest.mark.parametrize(("lines", "length", "cols"), [(1, 1, 1), (1, 1000, 25), (5, 256, 256), (7, 300, 300)])
+def test_adamw_of_8_bits(kernels, lines, length, cols, rounding, grad_dtype, downwards):
+    """Codes and scales of the reference, for moments that it has quantized."""
+    kept = Codes.of(matrix(lines, length, torch.float32, 1), matrix(lines, length, torch.float32, 2).square())
+    grad, weight = matrix(lines, length, grad_dtype, 0), matrix(lines, length, dtype_of(rounding), 3)
+    before = weight.clone()
+    *moments, change, _, of_change = literal_adamw(grad, *kept.values(), RULE)
+    step_of_8_bits(kernels, weight, grad, kept, cols, rounding, downwards)
+    rows = [one.reshape(-1, cols) for one in (weight, before, change, of_change)]
+    assert_stepped(*rows, rounding)
+    expected = Codes.of(*(one.float() for one in moments))
+    for scales, theirs in zip(kept.scales, expected.scales, strict=True):
+        torch.testing.assert_close(scales, theirs, rtol=1e-6, atol=0.0)
+    for codes, theirs in zip(kept.codes, expected.codes, strict=True):
+        difference = (codes.int() - theirs.int()).abs()
+        assert difference.max() <= 1  # of a value at a boundary
+        assert (difference > 0).double().mean() <= 0.01
 
 
 def test_nan_and_zero_in_8_bits(kernels):
     """A NaN makes its block's scale NaN, as in the reference; zeros stay zeros."""
-    lines, length = 2, 256
-    books = [blockwise.code_book(signed, torch.device("cpu")) for signed in (True, False)]
-    tables = [(book, (book[:-1] + book[1:]) / 2) for book in books]
-    zeros = [blockwise.quantize(torch.zeros(lines, length), signed) for signed in (True, False)]
-    grad, delta = torch.zeros(lines, length), torch.empty(lines, length)
+    kept = Codes.of(torch.zeros(2, 256), torch.zeros(2, 256))
+    grad, weight = torch.zeros(2, 256), torch.ones(2, 256)
     grad[0, 3] = torch.nan
-    arguments = [pointer(one) for kept, table in zip(zeros, tables, strict=True) for one in (*kept, *table)]
-    kernels.emulate_adamw_blocks(
-        False, pointer(grad), False, *arguments, pointer(delta), long(lines), long(length), C_RULE, ctypes.c_uint(1)
-    )
-    for codes, scales in zeros:
+    step_of_8_bits(kernels, weight, grad, kept, 256, "float32", downwards=False)
+    for codes, scales in zip(*kept, strict=True):
         assert scales[0].isnan()
         assert scales[1] == 0.0
         assert (codes[1] == codes[1, 0]).all()
-    assert delta[0].isnan().nonzero().flatten().tolist() == [3]
-    assert (delta[1] == 0.0).all()
+    assert weight[0].isnan().nonzero().flatten().tolist() == [3]
+    assert (weight[1] == DECAY).all()

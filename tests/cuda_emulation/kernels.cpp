@@ -71,33 +71,43 @@ extern "C" void emulate_add_lowrank(int downwards, int rounding, void* weight, i
       Keys{row_key, col_key, first_row});
 }
 
-extern "C" void emulate_adamw(int rounding, const void* grad, int is_bfloat16, void* first, void* second,
-                              float* delta, int64_t rows, int64_t cols, const float* rule, const uint64_t* keys,
-                              int64_t first_row) {
+extern "C" void emulate_adamw(int rounding, int of_weight, void* weight, float decay, const void* grad, int is_bfloat16,
+                              void* first, void* second, int64_t rows, int64_t cols, const float* rule,
+                              const uint64_t* keys, int64_t first_row) {
   using namespace adamw;
-  with_rounding(rounding, [&](auto how) {
-    with_type(is_bfloat16, [&](auto value) {
-      using Kept = typename decltype(how)::Kept;
-      using Grad = decltype(value);
-      emulation::launch(adamw_kernel<decltype(how), Grad>, grid_for(cols, THREADS * WIDTH, rows, ROWS), THREADS,
-                        false, static_cast<const Grad*>(grad), static_cast<Kept*>(first), static_cast<Kept*>(second),
-                        delta, rows, cols, Rule{rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]},
-                        Keys{keys[0], keys[1], first_row}, Keys{keys[2], keys[3], first_row});
+  with_rounding(of_weight, [&](auto to) {
+    with_rounding(rounding, [&](auto how) {
+      with_type(is_bfloat16, [&](auto value) {
+        using OfWeight = decltype(to);
+        using Kept = typename decltype(how)::Kept;
+        using Grad = decltype(value);
+        const Weight<OfWeight> target{static_cast<typename OfWeight::Kept*>(weight), decay,
+                                      {keys[0], keys[1], first_row}};
+        emulation::launch(adamw_kernel<decltype(how), Grad, OfWeight>, grid_for(cols, THREADS * WIDTH, rows, ROWS),
+                          THREADS, false, static_cast<const Grad*>(grad), static_cast<Kept*>(first),
+                          static_cast<Kept*>(second), target, rows, cols,
+                          Rule{rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]},
+                          Keys{keys[2], keys[3], first_row}, Keys{keys[4], keys[5], first_row});
+      });
     });
   });
 }
 
-extern "C" void emulate_adamw_blocks(int downwards, const void* grad, int is_bfloat16, uint8_t* first,
-                                     float* first_scales, const float* first_book, const float* first_boundaries,
-                                     uint8_t* second, float* second_scales, const float* second_book,
-                                     const float* second_boundaries, float* delta, int64_t lines, int64_t length,
-                                     const float* rule, unsigned blocks) {
+extern "C" void emulate_adamw_blocks(int downwards, int of_weight, void* weight, float decay, const void* grad,
+                                     int is_bfloat16, uint8_t* first, float* first_scales, const float* signed_book,
+                                     uint8_t* second, float* second_scales, const float* unsigned_book, int64_t lines,
+                                     int64_t length, int64_t cols, const float* rule, const uint64_t* keys,
+                                     int64_t first_row, unsigned blocks) {
   using namespace adamw;
-  with_type(is_bfloat16, [&](auto value) {
-    using Grad = decltype(value);
-    emulation::launch(adamw_blocks_kernel<Grad>, dim3{blocks}, BLOCK, downwards, static_cast<const Grad*>(grad),
-                      Moment{first, first_scales, first_book, first_boundaries, true},
-                      Moment{second, second_scales, second_book, second_boundaries, false}, delta, lines, length,
-                      Rule{rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]});
+  with_rounding(of_weight, [&](auto to) {
+    with_type(is_bfloat16, [&](auto value) {
+      using OfWeight = decltype(to);
+      using Grad = decltype(value);
+      const Weight<OfWeight> target{static_cast<typename OfWeight::Kept*>(weight), decay, {keys[0], keys[1], first_row}};
+      emulation::launch(adamw_blocks_kernel<Grad, OfWeight>, dim3{blocks}, BLOCK, downwards,
+                        static_cast<const Grad*>(grad), Moment{first, first_scales, signed_book, true},
+                        Moment{second, second_scales, unsigned_book, false}, target, lines, length, cols,
+                        Rule{rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]});
+    });
   });
 }

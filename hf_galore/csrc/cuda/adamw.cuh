@@ -1,6 +1,6 @@
-// AdamW's rule, element by element, in the coordinates of the gradient:
+// AdamW's rule, element by element, and its write-back:
 //
-//   M <- M + (1 - beta1) (R - M);  V <- beta2 V + (1 - beta2) R^2;  delta <- -size * M / (sqrt(V) + eps)
+//   M <- M + (1 - beta1) (R - M);  V <- beta2 V + (1 - beta2) R^2;  W <- decay * W - size * M / (sqrt(V) + eps)
 //
 // on moments kept as float32 or bfloat16 (adamw_kernel), or block-wise in 8 bits (adamw_blocks_kernel; arXiv 2110.02861,
 // hf_galore/optim/blockwise.py).
@@ -15,7 +15,7 @@ namespace adamw {
 struct Rule {
   float beta1, beta2, one_minus_beta1, one_minus_beta2, eps, size;
 
-  // The moments, in place; returns delta.
+  // The moments, in place; returns what is added to the weight.
   __device__ __forceinline__ float operator()(float grad, float& first, float& second) const {
     const float difference = grad - first;
     // The form that is exact at the nearer end, as torch.lerp has it.
@@ -25,41 +25,28 @@ struct Rule {
   }
 };
 
-// What becomes of delta: it is kept, contiguous, for the product with a basis ...
-struct Delta {
-  float* data;
-  static constexpr bool takes_bits = false;
-  __device__ __forceinline__ void operator()(int64_t at, float delta, uint32_t) const { data[at] = delta; }
-};
-
-// ... or weight <- decay * weight + delta, contiguous.
+// weight <- decay * weight + delta, contiguous; `delta` is what the rule returns.
 template <class Rounding>
 struct Weight {
   typename Rounding::Kept* data;
   float decay;
   Keys keys;
-  static constexpr bool takes_bits = Rounding::takes_bits;
-  __device__ __forceinline__ void operator()(int64_t at, float delta, uint32_t bits) const {
-    data[at] = Rounding::convert(decay * as_float(data[at]) + delta, bits);
+
+  __device__ __forceinline__ void add(int64_t row, int64_t col, int64_t cols, float delta) const {
+    uint32_t bits = 0;
+    if (Rounding::takes_bits) bits = bits_of(random_word(keys.rows, keys.first_row + row), random_word(keys.cols, col));
+    auto& kept = data[row * cols + col];
+    kept = Rounding::convert(decay * as_float(kept) + delta, bits);
   }
 };
-
-// The random bits of one element of a target.
-template <class Target>
-__device__ __forceinline__ uint32_t bits_at(const Target& target, int64_t row, int64_t col) {
-  if constexpr (Target::takes_bits) {
-    return bits_of(random_word(target.keys.rows, target.keys.first_row + row), random_word(target.keys.cols, col));
-  }
-  return 0;
-}
 
 constexpr int THREADS = 128, WIDTH = 4, ROWS = 16;  // as in elementwise.cuh
 
 // grad, first and second (rows, cols), contiguous.
-template <class Rounding, class Grad, class Target>
+template <class Rounding, class Grad, class OfWeight>
 __global__ void __launch_bounds__(THREADS)
-    adamw_kernel(const Grad* grad, typename Rounding::Kept* first, typename Rounding::Kept* second, Target target,
-                 int64_t rows, int64_t cols, Rule rule, Keys of_first, Keys of_second) {
+    adamw_kernel(const Grad* grad, typename Rounding::Kept* first, typename Rounding::Kept* second,
+                 Weight<OfWeight> weight, int64_t rows, int64_t cols, Rule rule, Keys of_first, Keys of_second) {
   using Kept = typename Rounding::Kept;
   const int64_t col = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * WIDTH;
   if (col >= cols) return;
@@ -87,7 +74,7 @@ __global__ void __launch_bounds__(THREADS)
         const float delta = rule(as_float(g.values[i]), now, squared);
         m.values[i] = Rounding::convert(now, bits_of(first_row, first_cols[i]));
         v.values[i] = Rounding::convert(squared, bits_of(second_row, second_cols[i]));
-        if (i < count) target(at + i, delta, bits_at(target, row, col + i));
+        if (i < count) weight.add(row, col + i, cols, delta);
       }
       store(first + at, m, count);
       store(second + at, v, count);
@@ -100,8 +87,7 @@ constexpr int BLOCK = 256, WARPS = BLOCK / 32;  // of 8-bit codes with one scale
 struct Moment {
   uint8_t* codes;
   float* scales;
-  const float* book;        // 256 ascending values
-  const float* boundaries;  // 255, halfway between them
+  const float* book;  // 256 ascending values
   bool is_signed;
 };
 
@@ -120,12 +106,12 @@ __device__ __forceinline__ float largest_of_block(float value, float (&of_warps)
   return value;
 }
 
-// How many boundaries are below the value; all of them for NaN.
-__device__ __forceinline__ int code_of(float value, const float* boundaries) {
+// How many of the boundaries halfway between two values of the book are below the value; all of them for NaN.
+__device__ __forceinline__ int code_of(float value, const float* book) {
   int low = 0, high = BLOCK - 1;
   while (low < high) {
     const int middle = (low + high) / 2;
-    if (value <= boundaries[middle]) {
+    if (value <= (book[middle] + book[middle + 1]) / 2.0f) {
       high = middle;
     } else {
       low = middle + 1;
@@ -141,16 +127,16 @@ __device__ __forceinline__ void quantize(float value, bool is_there, int64_t at,
   if (threadIdx.x == 0) moment.scales[scale] = largest;
   if (!is_there) return;
   const float smallest = 1.17549435e-38f;  // of a scale that is divided by
-  const int code = code_of(value / (largest < smallest ? smallest : largest), moment.boundaries);
+  const int code = code_of(value / (largest < smallest ? smallest : largest), moment.book);
   moment.codes[at] = static_cast<uint8_t>(moment.is_signed || code > 0 || !(value > 0.0f) ? code : 1);
 }
 
 // grad is contiguous, in `lines` of `length`; no block of codes crosses a line. A block of threads has a block of codes,
-// one thread a value. `cols` is what a row of the target has, for the bits.
-template <class Grad, class Target>
+// one thread a value. `cols` is the length of a row.
+template <class Grad, class OfWeight>
 __global__ void __launch_bounds__(BLOCK)
-    adamw_blocks_kernel(const Grad* grad, Moment first, Moment second, Target target, int64_t lines, int64_t length,
-                        int64_t cols, Rule rule) {
+    adamw_blocks_kernel(const Grad* grad, Moment first, Moment second, Weight<OfWeight> weight, int64_t lines,
+                        int64_t length, int64_t cols, Rule rule) {
   __shared__ float of_warps[WARPS];
   const int64_t in_line = (length + BLOCK - 1) / BLOCK;
   for (int64_t block = blockIdx.x; block < lines * in_line; block += gridDim.x) {
@@ -160,8 +146,7 @@ __global__ void __launch_bounds__(BLOCK)
     if (is_there) {
       m = first.book[first.codes[at]] * first.scales[block];
       v = second.book[second.codes[at]] * second.scales[block];
-      const float delta = rule(as_float(grad[at]), m, v);
-      target(at, delta, bits_at(target, at / cols, at % cols));
+      weight.add(at / cols, at % cols, cols, rule(as_float(grad[at]), m, v));
     }
     quantize(m, is_there, at, block, first, of_warps);
     quantize(v, is_there, at, block, second, of_warps);

@@ -21,7 +21,7 @@ namespace hf_galore {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using OptionalKeys = std::optional<std::vector<int64_t>>;
+using Key = std::optional<std::vector<int64_t>>;  // seed, step, parameter; none rounds to nearest
 
 // Makes a tensor's device the current one while it lives, and knows the stream that torch uses there.
 class OnDevice {
@@ -67,19 +67,21 @@ inline void check_dense_rows(const Tensor& tensor, const char* name) {
 
 inline bool is_bfloat16(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
 
-// The keys of matrix `at` of those whose keys are in the list.
-inline Keys keys_of(const OptionalKeys& keys, size_t at, int64_t first_row) {
-  if (!keys.has_value()) return {0, 0, first_row};
-  STD_TORCH_CHECK(keys->size() >= 2 * at + 2, "keys must have one for the rows and one for the columns of each matrix");
-  return {static_cast<uint64_t>((*keys)[2 * at]), static_cast<uint64_t>((*keys)[2 * at + 1]), first_row};
+// The keys of the words of a parameter, or of its moment number `moment`, counted from 1.
+inline Keys keys_of(const Key& key, uint64_t moment, int64_t first_row) {
+  if (!key.has_value()) return {0, 0, first_row};
+  STD_TORCH_CHECK(key->size() == 3, "key must have three numbers: seed, step, parameter");
+  const uint64_t seed = (*key)[0], step = (*key)[1], number = (*key)[2];
+  const uint64_t parameter = moment == 0 ? number : mix64({number, moment});
+  return {mix64({seed, step, parameter, 0}), mix64({seed, step, parameter, 1}), first_row};
 }
 
 // body(Rounding{}) with the rounding of a tensor: a key rounds bfloat16 stochastically.
 template <class Body>
-void with_rounding(const Tensor& tensor, const OptionalKeys& keys, const Body& body) {
+void with_rounding(const Tensor& tensor, const Key& key, const Body& body) {
   if (!is_bfloat16(tensor)) {
     body(Exactly{});
-  } else if (keys.has_value()) {
+  } else if (key.has_value()) {
     body(Stochastically{});
   } else {
     body(ToNearest{});
