@@ -3,6 +3,8 @@
 Every op is a schema, a fake kernel for tracing, and a reference in Python that runs on every device and says what the
 op computes. The library (`csrc/`, built by setup.py) adds kernels by dispatch key; where it is missing the references
 run, and `python -m hf_galore env` says so. With HF_GALORE_REQUIRE_NATIVE=1 a missing library is an ImportError.
+HF_GALORE_CPU_KERNELS chooses among what runs on this CPU, for tests and bug reports: python (no library), generic,
+avx2 or avx512.
 """
 
 import ctypes
@@ -16,6 +18,7 @@ import torch
 
 OPS_VERSION = 1  # of the schemas, and in the library's name: one that was built for others is not found
 REQUIRE = "HF_GALORE_REQUIRE_NATIVE"
+_CHOICE = "HF_GALORE_CPU_KERNELS"
 _FOLDER = Path(__file__).parent
 _REBUILD = (
     "install hf_galore again where torch 2.10 or newer and a C++17 compiler are (`pip install -v .` shows the build)"
@@ -62,6 +65,8 @@ def reason_for_none() -> str | None:
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
+    if os.environ.get(_CHOICE) == "python":
+        return None, f"{_CHOICE}=python asks for the references"
     found = sorted(_FOLDER.glob(f"_native_v{OPS_VERSION}.*"))
     if not found:
         note = _FOLDER / "_native_build.txt"

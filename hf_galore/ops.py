@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_galore import native
-from hf_galore.rounding import RoundingKey, bits_of, random_words, round_stochastic, word_keys
+from hf_galore.rounding import RoundingKey, bits_of, key_numbers, random_words, round_stochastic
 
 BLOCK_ELEMENTS = 1 << 18  # a few float32 temporaries of this size stay in a CPU's second-level cache
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of what the native ops take
@@ -89,6 +89,8 @@ def add_lowrank_(
 
     `first_row` is the number of the weight's first row within its parameter.
     """
+    if weight.numel() == 0:
+        return
     if weight.dtype == torch.float64 or (weight.dtype == torch.float32 and weight.stride(-1) != 1):
         left, right = left.to(weight.dtype), right.to(weight.dtype)
         if weight.dim() == 2:
@@ -100,45 +102,49 @@ def add_lowrank_(
         return
     product = product_dtype(weight.dtype, weight.device)
     left, right = left.to(product), right.to(product)
-    add = _add_lowrank_ if product == torch.float32 and weight.dtype in NATIVE_DTYPES else _add_lowrank_reference
-    keys = None if key is None else word_keys(key)
+    if product == torch.bfloat16:
+        add = _add_bfloat16_product_
+    else:
+        add = _add_lowrank_ if weight.dtype in NATIVE_DTYPES else _add_lowrank_reference
+    numbers = key_numbers(key)
     if weight.dim() == 2 and weight.stride(1) == 1:
-        add(weight, left, right, alpha, beta, keys, first_row)
+        add(weight, left, right, alpha, beta, numbers, first_row)
         return
     lefts, rights = (factor.reshape(-1, *factor.shape[-2:]) for factor in (left, right))
     with _viewed(weight, -1, *weight.shape[-2:]) as batch:
         for index, (one, a, b) in enumerate(zip(batch, lefts, rights, strict=True)):
-            add(one, a, b, alpha, beta, keys, first_row + index * one.shape[0])
+            add(one, a, b, alpha, beta, numbers, first_row + index * one.shape[0])
 
 
 def _add_lowrank_reference(
-    weight: Tensor,
-    left: Tensor,
-    right: Tensor,
-    alpha: float,
-    beta: float,
-    keys: Sequence[int] | None,
-    first_row: int,
+    weight: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, key: Sequence[int] | None, first_row: int
 ) -> None:
     if weight.dtype == torch.float32:
         weight.addmm_(left, right, beta=beta, alpha=alpha)
         return
 
     def new_rows(rows: slice) -> Tensor:
-        block = weight[rows].float()
-        if left.dtype == torch.float32:
-            return block.addmm_(left[rows], right, beta=beta, alpha=alpha)
-        return scale_(block, beta).add_(left[rows] @ right, alpha=alpha)
+        return weight[rows].float().addmm_(left[rows], right, beta=beta, alpha=alpha)
 
-    _round_rows_(weight, new_rows, keys, first_row)
+    _round_rows_(weight, new_rows, key, first_row)
 
 
 _add_lowrank_ = native.define(
-    "add_lowrank_(Tensor(a!) weight, Tensor left, Tensor right, float alpha, float beta, int[]? keys, int first_row)"
+    "add_lowrank_(Tensor(a!) weight, Tensor left, Tensor right, float alpha, float beta, int[]? key, int first_row)"
     " -> ()",
     _add_lowrank_reference,
     lambda *_: None,
 )
+
+
+def _add_bfloat16_product_(
+    weight: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, key: Sequence[int] | None, first_row: int
+) -> None:
+    """Where the device multiplies bfloat16: its product of some rows at a time, and the write-back of these."""
+    step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        _add_(weight[rows], left[rows] @ right, alpha, beta, key, first_row + start)
 
 
 def add_(
@@ -151,23 +157,25 @@ def add_(
     if weight.dtype in (torch.float32, torch.float64):
         scale_(weight, beta).add_(delta, alpha=alpha)
         return
+    if weight.numel() == 0:
+        return
     add = _add_ if weight.dtype in NATIVE_DTYPES and delta.dtype in NATIVE_DTYPES else _add_reference
-    with _viewed(weight, -1, _width(weight)) as matrix:
+    with _viewed(weight, -1, width_of(weight)) as matrix:
         deltas = delta.reshape(matrix.shape).contiguous()
-        add(matrix, deltas, alpha, beta, None if key is None else word_keys(key), first_row)
+        add(matrix, deltas, alpha, beta, key_numbers(key), first_row)
 
 
 def _add_reference(
-    weight: Tensor, delta: Tensor, alpha: float, beta: float, keys: Sequence[int] | None, first_row: int
+    weight: Tensor, delta: Tensor, alpha: float, beta: float, key: Sequence[int] | None, first_row: int
 ) -> None:
     def new_rows(rows: slice) -> Tensor:
         return scale_(weight[rows].float(), beta).add_(delta[rows], alpha=alpha)
 
-    _round_rows_(weight, new_rows, keys, first_row)
+    _round_rows_(weight, new_rows, key, first_row)
 
 
 _add_ = native.define(
-    "add_(Tensor(a!) weight, Tensor delta, float alpha, float beta, int[]? keys, int first_row) -> ()",
+    "add_(Tensor(a!) weight, Tensor delta, float alpha, float beta, int[]? key, int first_row) -> ()",
     _add_reference,
     lambda *_: None,
 )
@@ -175,19 +183,21 @@ _add_ = native.define(
 
 def round_into_(target: Tensor, values: Tensor, key: RoundingKey | None, first_row: int = 0) -> None:
     """target ← values in the target's dtype, in place, rounded as a weight is; `first_row` as in `add_`."""
+    if target.numel() == 0:
+        return
     covered = target.dtype == torch.bfloat16 and values.dtype in NATIVE_DTYPES
     round_into = _round_into_ if covered else _round_into_reference
-    with _viewed(target, -1, _width(target)) as matrix:
+    with _viewed(target, -1, width_of(target)) as matrix:
         source = values.reshape(matrix.shape).contiguous()
-        round_into(matrix, source, None if key is None else word_keys(key), first_row)
+        round_into(matrix, source, key_numbers(key), first_row)
 
 
-def _round_into_reference(target: Tensor, values: Tensor, keys: Sequence[int] | None, first_row: int) -> None:
-    _round_rows_(target, lambda rows: values[rows].float(), keys, first_row)
+def _round_into_reference(target: Tensor, values: Tensor, key: Sequence[int] | None, first_row: int) -> None:
+    _round_rows_(target, lambda rows: values[rows].float(), key, first_row)
 
 
 _round_into_ = native.define(
-    "round_into_(Tensor(a!) target, Tensor values, int[]? keys, int first_row) -> ()",
+    "round_into_(Tensor(a!) target, Tensor values, int[]? key, int first_row) -> ()",
     _round_into_reference,
     lambda *_: None,
 )
@@ -198,7 +208,7 @@ def scale_(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1.0 else tensor.mul_(factor)
 
 
-def _width(tensor: Tensor) -> int:
+def width_of(tensor: Tensor) -> int:
     """The length of a row: the last dimension; a vector is a column, so that its parts have rows of their own."""
     return tensor.shape[-1] if tensor.dim() > 1 else 1
 
@@ -213,7 +223,7 @@ def _viewed(tensor: Tensor, *shape: int) -> Iterator[Tensor]:
 
 
 def _round_rows_(
-    target: Tensor, new_rows: Callable[[slice], Tensor], keys: Sequence[int] | None, first_row: int
+    target: Tensor, new_rows: Callable[[slice], Tensor], key: Sequence[int] | None, first_row: int
 ) -> None:
     """target[rows] ← new_rows(rows) (float32) rounded to the target's dtype, one block of rows after another.
 
@@ -222,8 +232,8 @@ def _round_rows_(
     height, width = target.shape
     step = max(1, BLOCK_ELEMENTS // max(1, width))
     words = None
-    if keys is not None and target.dtype == torch.bfloat16:
-        words = random_words(keys, range(first_row, first_row + height), width, target.device)
+    if key is not None and target.dtype == torch.bfloat16:
+        words = random_words(RoundingKey(*key), range(first_row, first_row + height), width, target.device)
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         block = new_rows(rows)

@@ -5,7 +5,6 @@ device, and torch's global generator is left alone.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,11 @@ class RoundingKey(NamedTuple):
     parameter: int
 
 
+def key_numbers(key: RoundingKey | None) -> list[int] | None:
+    """The key as an op takes it: signed 64-bit integers, which make the same bits."""
+    return None if key is None else [((number & _MASK64) ^ (1 << 63)) - (1 << 63) for number in key]
+
+
 def mix64(*numbers: int) -> int:
     """A 64-bit hash of a few integers (splitmix64's finaliser over a running sum): the same on every machine."""
     state = 0
@@ -33,21 +37,17 @@ def mix64(*numbers: int) -> int:
     return state
 
 
-def word_keys(key: RoundingKey) -> list[int]:
-    """What the words of the rows and those of the columns are made of: two numbers, as signed 64-bit ones."""
-    return [number - (1 << 64) if number >> 63 else number for number in (mix64(*key, which) for which in (0, 1))]
-
-
-def random_words(keys: Sequence[int], rows: range, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def random_words(key: RoundingKey, rows: range, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Hashed odd 32-bit words (int32): one for each row, (len(rows),), and one for each column, (cols,).
 
-    A word is a function of its `word_keys` and of its number.
+    A word is a function of the key, of whether it is a row's or a column's, and of its number.
     """
+    keys = [mix64(*key, which) for which in (0, 1)]
     z = torch.cat([torch.arange(rows.start, rows.stop, device=device), torch.arange(cols, device=device)])
     z *= -7046029254386353131
     parts = z.split([len(rows), cols])
     for part, number in zip(parts, keys, strict=True):
-        part += number
+        part += number - (1 << 64) if number >> 63 else number
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))).mul_(factor)
     row_words, col_words = ((z >> 32) | 1).to(torch.int32).split([len(rows), cols])
@@ -66,7 +66,7 @@ def bits_of(row_words: Tensor, col_words: Tensor) -> Tensor:
 
 def random_bits(key: RoundingKey, rows: range, cols: int, device: torch.device) -> Tensor:
     """`bits_of` rows `rows` of a (…, cols) matrix."""
-    return bits_of(*random_words(word_keys(key), rows, cols, device))
+    return bits_of(*random_words(key, rows, cols, device))
 
 
 def round_stochastic(values: Tensor, bits: Tensor) -> Tensor:

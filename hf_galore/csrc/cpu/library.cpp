@@ -1,5 +1,7 @@
 // The CPU kernels of the ops that hf_galore/native.py and its siblings define, through torch's stable ABI.
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <numeric>
 
 #include "code_book.h"
@@ -8,21 +10,23 @@
 namespace hf_galore {
 namespace {
 
-const Kernels& best_kernels() {
+// The kernels of the widest instruction set that the processor has, or those that HF_GALORE_CPU_KERNELS names.
+const Kernels& choose_kernels() {
+  const char* name = std::getenv("HF_GALORE_CPU_KERNELS");
+  const auto wanted = [&](const Kernels& table) { return name == nullptr || std::strcmp(name, table.name) == 0; };
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return avx512_kernels;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_kernels;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && wanted(avx512_kernels)) return avx512_kernels;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && wanted(avx2_kernels)) return avx2_kernels;
 #endif
   return generic_kernels;
 }
 
 const Kernels& kernels() {
-  static const Kernels& best = best_kernels();
-  return best;
+  static const Kernels& chosen = choose_kernels();
+  return chosen;
 }
 
 // A right factor (k, n), packed.
@@ -43,31 +47,31 @@ class PackedRight {
   Scratch scratch_;
 };
 
-void add_or_replace(const Tensor& weight, const Tensor& delta, float alpha, float beta, bool replace, const Keys& keys,
+void add_or_replace(const Tensor& weight, const Tensor& delta, float alpha, float beta, bool replace, const Key& key,
                     int64_t first_row) {
   const Matrix target = dense_rows(weight, "weight");
   check_shape(delta, target.rows, target.cols, "delta");
-  const ColumnWords words(keys, 0, target, first_row);
+  const ColumnWords words(key, 0, target, first_row);
   const Addition step{target, dense_rows(delta, "delta"), 0, alpha, beta, replace, words.words()};
   divide(workers_for(target.rows, target.cols), target.rows, 1,
          [&](int64_t, int64_t first, int64_t last) { kernels().add(step, first, last); });
 }
 
-void add_(Tensor weight, Tensor delta, double alpha, double beta, Keys keys, int64_t first_row) {
-  add_or_replace(weight, delta, static_cast<float>(alpha), static_cast<float>(beta), false, keys, first_row);
+void add_(Tensor weight, Tensor delta, double alpha, double beta, Key key, int64_t first_row) {
+  add_or_replace(weight, delta, static_cast<float>(alpha), static_cast<float>(beta), false, key, first_row);
 }
 
-void round_into_(Tensor target, Tensor values, Keys keys, int64_t first_row) {
-  add_or_replace(target, values, 1.0f, 0.0f, true, keys, first_row);
+void round_into_(Tensor target, Tensor values, Key key, int64_t first_row) {
+  add_or_replace(target, values, 1.0f, 0.0f, true, key, first_row);
 }
 
-void add_lowrank_(Tensor weight, Tensor left, Tensor right, double alpha, double beta, Keys keys, int64_t first_row) {
+void add_lowrank_(Tensor weight, Tensor left, Tensor right, double alpha, double beta, Key key, int64_t first_row) {
   const Matrix target = dense_rows(weight, "weight");
   check_shape(right, left.size(1), target.cols, "right");
   check_shape(left, target.rows, right.size(0), "left");
   const int64_t depth = right.size(0);
   PackedRight packed(matrix_of(right, "right"));
-  const ColumnWords words(keys, 0, target, first_row);
+  const ColumnWords words(key, 0, target, first_row);
   const LowRankAddition step{target, matrix_of(left, "left"), 0, packed.floats(), depth, static_cast<float>(alpha),
                              static_cast<float>(beta), words.words()};
   const int64_t workers = workers_for(target.rows, target.cols * (depth + 1));
@@ -116,9 +120,9 @@ class AdamWRule {
   AdamWRule(const Tensor& grad, const Tensor& first, const Tensor& second, const std::optional<Tensor>& first_scales,
             const std::optional<Tensor>& second_scales, const std::optional<Tensor>& signed_codes,
             const std::optional<Tensor>& unsigned_codes, double lr, double beta1, double beta2, double eps,
-            double steps, const Keys& keys, int64_t first_row)
-      : grad_(dense_rows(grad, "grad")), first_words_(keys, 2, moment_of(first, grad_), first_row),
-        second_words_(keys, 4, moment_of(second, grad_), first_row) {
+            double steps, const Key& key, int64_t first_row)
+      : grad_(dense_rows(grad, "grad")), first_words_(key, 1, moment_of(first, grad_), first_row),
+        second_words_(key, 2, moment_of(second, grad_), first_row) {
     for (const Tensor* tensor : {&grad, &first, &second}) {
       STD_TORCH_CHECK(tensor->is_contiguous(), "gradient and moments must be contiguous");
     }
@@ -198,12 +202,12 @@ int64_t rows_at_a_time(const AdamWRule& rule, int64_t tile_rows) {
 void adamw_(Tensor weight, Tensor grad, Tensor first, Tensor second, std::optional<Tensor> first_scales,
             std::optional<Tensor> second_scales, std::optional<Tensor> signed_codes, std::optional<Tensor> unsigned_codes,
             double lr, double beta1, double beta2, double eps, double steps, double decay,
-            Keys keys, int64_t first_row) {
+            Key key, int64_t first_row) {
   const AdamWRule rule(grad, first, second, first_scales, second_scales, signed_codes, unsigned_codes, lr, beta1, beta2,
-                       eps, steps, keys, first_row);
+                       eps, steps, key, first_row);
   const Matrix target = dense_rows(weight, "weight");
   check_shape(weight, rule.rows(), rule.cols(), "weight");
-  const ColumnWords words(keys, 0, target, first_row);
+  const ColumnWords words(key, 0, target, first_row);
   const int64_t height = rows_at_a_time(rule, 1), workers = workers_for(target.rows, 8 * target.cols);
   Scratch deltas(workers * height * rule.cols());
   divide(workers, target.rows, rule.unit(), [&](int64_t worker, int64_t first_of_all, int64_t last) {
@@ -220,15 +224,15 @@ void adamw_(Tensor weight, Tensor grad, Tensor first, Tensor second, std::option
 void lowrank_adamw_(Tensor weight, Tensor grad, Tensor first, Tensor second, std::optional<Tensor> first_scales,
                     std::optional<Tensor> second_scales, std::optional<Tensor> signed_codes,
                     std::optional<Tensor> unsigned_codes, Tensor basis, bool right, double lr, double beta1, double beta2,
-                    double eps, double steps, double scale, double decay, Keys keys,
+                    double eps, double steps, double scale, double decay, Key key,
                     int64_t first_row, int64_t first_moment_row) {
   const AdamWRule rule(grad, first, second, first_scales, second_scales, signed_codes, unsigned_codes, lr, beta1, beta2,
-                       eps, steps, keys, first_moment_row);
+                       eps, steps, key, first_moment_row);
   const Matrix target = dense_rows(weight, "weight"), given = matrix_of(basis, "basis");
   const int64_t rank = given.cols, tile_rows = kernels().tile_rows;
   check_shape(grad, right ? target.rows : rank, right ? rank : target.cols, "grad");
   check_shape(basis, right ? target.cols : target.rows, rank, "basis");
-  const ColumnWords words(keys, 0, target, first_row);
+  const ColumnWords words(key, 0, target, first_row);
   LowRankAddition step{target, given, 0, nullptr, rank, static_cast<float>(scale), static_cast<float>(decay),
                        words.words()};
   const int64_t each = kernels().left_scratch(rank);

@@ -82,7 +82,7 @@ HF_GALORE_INLINE void dequantize(const uint8_t* codes, float scale, int64_t coun
 }
 
 // `values` are filled up with zeros to a whole number of vectors.
-HF_GALORE_INLINE void quantize(float* values, int64_t count, const CodeBook& book, uint8_t* codes, float& scale) {
+HF_GALORE_INLINE void quantize(const float* values, int64_t count, const CodeBook& book, uint8_t* codes, float& scale) {
   vfloat largest = {}, not_numbers = {};
   for (int64_t i = 0; i < count; i += LANES) {
     const vfloat value = load<vfloat>(values + i);
@@ -98,9 +98,10 @@ HF_GALORE_INLINE void quantize(float* values, int64_t count, const CodeBook& boo
     if (((vuint)not_numbers)[lane] != 0) scale = NAN;
   }
   const float divisor = scale < FLT_MIN ? FLT_MIN : scale;  // NaN divides as NaN
-  for (int64_t i = 0; i < count; i += LANES) store(values + i, load<vfloat>(values + i) / divisor);
+  float scaled[BLOCK];
+  for (int64_t i = 0; i < count; i += LANES) store(scaled + i, load<vfloat>(values + i) / divisor);
   for (int64_t i = 0; i < count; ++i) {
-    const uint8_t code = code_of(values[i], book);
+    const uint8_t code = code_of(scaled[i], book);
     codes[i] = book.is_signed ? code : std::max<uint8_t>(code, values[i] > 0.0f);
   }
 }

@@ -18,7 +18,7 @@ namespace hf_galore {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Keys = std::optional<std::vector<int64_t>>;
+using Key = std::optional<std::vector<int64_t>>;  // seed, step, parameter; none rounds to nearest
 
 inline Type type_of(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
@@ -56,25 +56,27 @@ class Scratch {
 };
 
 // The random words of a matrix's columns, and what those of its rows are made of; none where it is rounded to nearest.
+// `moment` is 0 for a parameter itself, and counts its moments from 1. A kernel may read 64 words too many.
 class ColumnWords {
  public:
-  // The keys of its rows and columns are keys[at] and keys[at + 1]. A kernel may read 64 words too many.
-  ColumnWords(const Keys& keys, size_t at, const Matrix& matrix, int64_t first_row)
-      : scratch_(wanted(keys, matrix) ? matrix.cols + 64 : 0), words_{nullptr, 0, first_row} {
-    if (!wanted(keys, matrix)) return;
-    STD_TORCH_CHECK(keys->size() >= at + 2, "a key for the rows and one for the columns of each matrix");
+  ColumnWords(const Key& key, uint64_t moment, const Matrix& matrix, int64_t first_row)
+      : scratch_(wanted(key, matrix) ? matrix.cols + 64 : 0), words_{nullptr, 0, first_row} {
+    if (!wanted(key, matrix)) return;
+    STD_TORCH_CHECK(key->size() == 3, "key must have three numbers: seed, step, parameter");
+    const uint64_t seed = (*key)[0], step = (*key)[1], number = (*key)[2];
+    const uint64_t parameter = moment == 0 ? number : mix64({number, moment});
     uint32_t* words = scratch_.words();
-    const uint64_t key = static_cast<uint64_t>((*keys)[at + 1]);
-    for (int64_t col = 0; col < matrix.cols; ++col) words[col] = random_word(key, col);
+    const uint64_t col_key = mix64({seed, step, parameter, 1});
+    for (int64_t col = 0; col < matrix.cols; ++col) words[col] = random_word(col_key, col);
     std::fill(words + matrix.cols, words + matrix.cols + 64, 0);
     words_.cols = words;
-    words_.row_key = static_cast<uint64_t>((*keys)[at]);
+    words_.row_key = mix64({seed, step, parameter, 0});
   }
   const Words& words() const { return words_; }
 
  private:
-  static bool wanted(const Keys& keys, const Matrix& matrix) {
-    return keys.has_value() && matrix.type == Type::bfloat16;
+  static bool wanted(const Key& key, const Matrix& matrix) {
+    return key.has_value() && matrix.type == Type::bfloat16;
   }
   Scratch scratch_;
   Words words_;
