@@ -1,4 +1,5 @@
-# On a machine with Python >= 3.10 and pip, each target first makes .venv and installs what it needs there, once.
+# On a machine with Python >= 3.10 and pip, each target first makes .venv and installs what it needs there, once. The native
+# ops are built along with it, where a C++ compiler is, and again when their sources have changed.
 #   make demo ARGS="..."           run examples/pretrain.py
 #   make test PYTEST_ARGS="..."    run the tests
 #   make lint                      ruff and mypy
@@ -12,6 +13,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
+NATIVE := hf_galore/native.py $(wildcard hf_galore/csrc/*/*)
 TORCH := $(shell grep '^torch==' constraints.txt)
 # DeepSpeed is installed without compiling anything: what it needs it compiles when it is first used.
 PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
@@ -40,14 +42,14 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) "$(TORCH)"
 	touch $@
 
-$(VENV)/.demo: setup.py pyproject.toml constraints.txt $(VENV)/.torch
+$(VENV)/.demo: setup.py pyproject.toml constraints.txt $(NATIVE) $(VENV)/.torch
 	$(PIP_INSTALL) -e ".[demo]"
 	touch $@
 
-$(VENV)/.dev: setup.py pyproject.toml constraints.txt $(VENV)/.torch
+$(VENV)/.dev: setup.py pyproject.toml constraints.txt $(NATIVE) $(VENV)/.torch
 	$(PIP_INSTALL) -e ".[test,lint]"
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info hf_galore/_native_* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

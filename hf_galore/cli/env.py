@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hf_galore import __version__
+from hf_galore import __version__, native
 
 LIBRARIES = (
     "torch",
@@ -61,7 +61,10 @@ def environment() -> dict[str, dict[str, Any]]:
 
 def native_ops() -> dict[str, str]:
     """Which kernels are loaded, by device."""
-    return {"loaded": "none (Python reference)"}
+    kernels = native.cpu_kernels()
+    cpu = "the Python references run" if kernels is None else f"compiled, instruction set {kernels}"
+    reason = native.reason_for_none()
+    return {"cpu": cpu if reason is None else f"{cpu}: {reason}", "cuda": "the Python references run"}
 
 
 def _version(name: str) -> str:
