@@ -3,6 +3,7 @@
 #   make demo ARGS="..."           run examples/pretrain.py
 #   make test PYTEST_ARGS="..."    run the tests
 #   make lint                      ruff and mypy
+#   make kernels                   compile the CUDA sources for all architectures, where nvcc is
 #   make install                   .venv for development (what test and lint need)
 #   make clean                     remove what builds and tests leave behind; .venv stays
 # Another Python: make test PYTHON=python3.12
@@ -13,12 +14,12 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := hf_galore/native.py $(wildcard hf_galore/csrc/*/*)
+NATIVE := hf_galore/native.py $(wildcard hf_galore/csrc/*.h hf_galore/csrc/*/*)
 TORCH := $(shell grep '^torch==' constraints.txt)
 # DeepSpeed is installed without compiling anything: what it needs it compiles when it is first used.
 PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint kernels install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/pretrain.py $(ARGS)
@@ -30,6 +31,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kernels: $(VENV)/.dev
+	@if command -v nvcc > /dev/null; then $(BIN)/python setup.py -q kernels; \
+	else echo "make kernels: there is no nvcc here, so the CUDA sources are not compiled"; fi
 
 install: $(VENV)/.dev
 

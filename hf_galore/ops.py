@@ -103,7 +103,7 @@ def add_lowrank_(
     product = product_dtype(weight.dtype, weight.device)
     left, right = left.to(product), right.to(product)
     if product == torch.bfloat16:
-        add = _add_bfloat16_product_
+        add = _add_bfloat16_lowrank_
     else:
         add = _add_lowrank_ if weight.dtype in NATIVE_DTYPES else _add_lowrank_reference
     numbers = key_numbers(key)
@@ -137,14 +137,23 @@ _add_lowrank_ = native.define(
 )
 
 
-def _add_bfloat16_product_(
+def _add_bfloat16_lowrank_reference(
     weight: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, key: Sequence[int] | None, first_row: int
 ) -> None:
-    """Where the device multiplies bfloat16: its product of some rows at a time, and the write-back of these."""
+    """The product of some rows at a time, in bfloat16, and the write-back of these."""
     step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         _add_(weight[rows], left[rows] @ right, alpha, beta, key, first_row + start)
+
+
+# Where the device multiplies bfloat16.
+_add_bfloat16_lowrank_ = native.define(
+    "add_bfloat16_lowrank_(Tensor(a!) weight, Tensor left, Tensor right, float alpha, float beta, int[]? key,"
+    " int first_row) -> ()",
+    _add_bfloat16_lowrank_reference,
+    lambda *_: None,
+)
 
 
 def add_(

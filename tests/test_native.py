@@ -33,7 +33,9 @@ numerics = settings(derandomize=True, deadline=None, max_examples=25)
 sizes = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 257, 300]))
 ranks = st.one_of(st.integers(0, 12), st.sampled_from([31, 257, 300]))
 keys = st.sampled_from([None, KEY])
-needs_library = pytest.mark.skipif(native.cpu_kernels() is None, reason=f"no native ops: {native.reason_for_none()}")
+needs_library = pytest.mark.skipif(
+    native.cpu_kernels() is None, reason=f"no native ops: {native.reasons_for_none().get('cpu')}"
+)
 
 
 def whole_numbers(*shape, limit=8):
@@ -383,6 +385,10 @@ def op_cases():
     weight, rule = torch.randn(6, 10).bfloat16(), (0.1, 0.9, 0.99, 1e-6, 1.0)
     yield OPS.add_, (weight, torch.randn(6, 10), 0.5, 0.9, numbers, 0)
     yield OPS.round_into_, (weight, torch.randn(6, 10), None, 2)
+    yield (
+        OPS.add_bfloat16_lowrank_,
+        (weight, *(torch.randn(*one).bfloat16() for one in ((6, 3), (3, 10))), 0.5, 0.9, numbers, 0),
+    )
     yield OPS.add_lowrank_, (weight, torch.randn(6, 3), torch.randn(3, 10), 0.5, 0.9, numbers, 0)
     yield OPS.matmul, (torch.randn(6, 10).bfloat16(), torch.randn(10, 3))
     full, low, basis = adamw_state((6, 10), torch.bfloat16), adamw_state((6, 3), torch.uint8), torch.randn(10, 3)
@@ -437,7 +443,7 @@ def test_a_library_that_is_required_and_missing_is_an_error():
     with pytest.raises(subprocess.CalledProcessError) as raised:
         python("import hf_galore.ops", HF_GALORE_CPU_KERNELS="python", HF_GALORE_REQUIRE_NATIVE="1")
     assert (
-        "ImportError: HF_GALORE_REQUIRE_NATIVE is set and the native ops of hf_galore are missing"
+        "ImportError: HF_GALORE_REQUIRE_NATIVE is set and the native ops of hf_galore for cpu are missing"
         in raised.value.stderr
     )
 

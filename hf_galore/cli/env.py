@@ -60,11 +60,10 @@ def environment() -> dict[str, dict[str, Any]]:
 
 
 def native_ops() -> dict[str, str]:
-    """Which kernels are loaded, by device."""
-    kernels = native.cpu_kernels()
-    cpu = "the Python references run" if kernels is None else f"compiled, instruction set {kernels}"
-    reason = native.reason_for_none()
-    return {"cpu": cpu if reason is None else f"{cpu}: {reason}", "cuda": "the Python references run"}
+    """Which kernels are loaded, by device, and why there are none."""
+    compiled = {"cpu": f"compiled, instruction set {native.cpu_kernels()}", "cuda": "compiled"}
+    missing = {device: f"the Python references run: {why}" for device, why in native.reasons_for_none().items()}
+    return compiled | missing
 
 
 def _version(name: str) -> str:

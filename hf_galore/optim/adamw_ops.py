@@ -196,9 +196,9 @@ def _lowrank_adamw_reference(
     first_row: int,
     first_moment_row: int,
 ) -> None:
-    rule, scales = Rule(lr, beta1, beta2, eps, steps), (exp_avg_absmax, exp_avg_sq_absmax)
     delta = torch.zeros_like(grad, dtype=torch.float32)
-    _change_moments(delta, grad, exp_avg, exp_avg_sq, scales, rule, key, first_moment_row)
+    kept = (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, signed_codes, unsigned_codes)
+    _adamw_(delta, grad, *kept, lr, beta1, beta2, eps, steps, 1.0, key, first_moment_row)
     one, other = (Right() if right else Left()).factors(delta, basis.float())
     add_lowrank_(weight, one, other, alpha=scale, beta=decay, key=_rounding_key(key), first_row=first_row)
 

@@ -10,7 +10,7 @@
 #include <initializer_list>
 
 #include "kernels.h"
-#include "words.h"
+#include "../words.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

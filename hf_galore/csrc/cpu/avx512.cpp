@@ -10,7 +10,7 @@
 #include <initializer_list>
 
 #include "kernels.h"
-#include "words.h"
+#include "../words.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)

@@ -9,7 +9,7 @@
 
 #include "kernels.h"
 #include "simd.h"
-#include "words.h"
+#include "../words.h"
 
 namespace hf_galore {
 namespace HF_GALORE_ISA {

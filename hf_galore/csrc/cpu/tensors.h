@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "words.h"
+#include "../words.h"
 
 namespace hf_galore {
 
