@@ -2,8 +2,8 @@
 # ops are built along with it, where a C++ compiler is, and again when their sources have changed.
 #   make demo ARGS="..."           run examples/pretrain.py
 #   make test PYTEST_ARGS="..."    run the tests
-#   make lint                      ruff and mypy
-#   make kernels                   compile the CUDA sources for all architectures, where nvcc is
+NATIVE := hf_galore/native.py $(wildcard hf_galore/csrc/*.h hf_galore/csrc/*/*)
+#   make lint                      ruff, mypy and the warnings of the C++ compiler
 #   make install                   .venv for development (what test and lint need)
 #   make clean                     remove what builds and tests leave behind; .venv stays
 # Another Python: make test PYTHON=python3.12
@@ -15,6 +15,8 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := hf_galore/native.py $(wildcard hf_galore/csrc/*.h hf_galore/csrc/*/*)
+CXX_LINT = -std=c++17 -fvisibility=hidden -Wall -Wextra -Werror -DTORCH_TARGET_VERSION=0x020a000000000000 \
+	-isystem $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/torch/include))
 TORCH := $(shell grep '^torch==' constraints.txt)
 # DeepSpeed is installed without compiling anything: what it needs it compiles when it is first used.
 PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
@@ -31,6 +33,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	for file in hf_galore/csrc/cpu/*.cpp; do $(CXX) -fsyntax-only $(CXX_LINT) $$file || exit; done
 
 kernels: $(VENV)/.dev
 	@if command -v nvcc > /dev/null; then $(BIN)/python setup.py -q kernels; \

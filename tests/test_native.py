@@ -121,6 +121,16 @@ def test_add_of_whole_numbers_is_the_reference(m, n, key, delta, seed):
     )
 
 
+@needs_library
+def test_write_back_of_products_in_bfloat16_is_the_reference(monkeypatch):
+    """Where the processor multiplies bfloat16; the library multiplies, and the op rounds what comes out."""
+    monkeypatch.setattr(ops, "_CPU_MULTIPLIES_BFLOAT16", True)
+    monkeypatch.setattr(ops, "BLOCK_ELEMENTS", 300)
+    left, right = whole_numbers(40, 5) / 64, whole_numbers(5, 37)
+    weight = whole_numbers(40, 37).bfloat16()
+    assert_equal(both(lambda w: ops.add_lowrank_(w, left, right, alpha=0.5, beta=0.5, key=KEY, first_row=4), weight))
+
+
 def adamw_state(shape, kept, by_rows=False):
     """Zero moments as the optimizer makes them; `kept` is a dtype, uint8 for 8-bit blocks."""
     state = {}

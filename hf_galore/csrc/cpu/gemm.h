@@ -16,15 +16,16 @@ namespace HF_GALORE_ISA {
 
 constexpr int64_t TILE_ROWS = HF_GALORE_TILE_ROWS;
 constexpr int64_t TILE_COLS = 2 * LANES;
-constexpr int64_t DEPTH = 256;                 // of what matmul multiplies at a time
-constexpr int64_t LEFT_FLOATS = 24 * 1024;     // of the left factor's rows that are widened at a time
-constexpr int64_t RIGHT_FLOATS = 48 * 1024;    // of the right factor's panels that stay in the second-level cache
+constexpr int64_t DEPTH = 256;               // of what matmul multiplies at a time
+constexpr int64_t LEFT_FLOATS = 24 * 1024;   // of the left factor's rows that are widened at a time
+constexpr int64_t RIGHT_FLOATS = 48 * 1024;  // of the right factor's panels that stay in the second-level cache
 typedef vfloat Tile[TILE_ROWS][2];
 
 HF_GALORE_INLINE void multiply(const float* left, int64_t left_stride, const float* right, int64_t depth, Tile& tile) {
   vfloat sums[TILE_ROWS][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const vfloat right0 = load<vfloat>(right + k * TILE_COLS), right1 = load<vfloat>(right + k * TILE_COLS + LANES);
+    const vfloat right0 = load<vfloat>(right + k * TILE_COLS);
+    const vfloat right1 = load<vfloat>(right + k * TILE_COLS + LANES);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < TILE_ROWS; ++i) {
       const vfloat value = fill(left[i * left_stride + k]);
@@ -57,7 +58,8 @@ void pack_panels(const Matrix& from, int64_t first_row, int64_t depth, int64_t f
   std::fill(packed + cols / TILE_COLS * size, packed + count * size, 0.0f);
   for (int64_t col = whole * TILE_COLS; col < cols; ++col) {
     float* to = packed + col / TILE_COLS * size + col % TILE_COLS;
-    for (int64_t k = 0; k < depth; ++k) to[k * TILE_COLS] = as_float(source[k * from.row_stride + col * from.col_stride]);
+    const T* values = source + col * from.col_stride;
+    for (int64_t k = 0; k < depth; ++k) to[k * TILE_COLS] = as_float(values[k * from.row_stride]);
   }
 }
 

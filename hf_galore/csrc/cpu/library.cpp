@@ -1,4 +1,4 @@
-// The CPU kernels of the ops that hf_galore/native.py and its siblings define, through torch's stable ABI.
+// The CPU kernels of the ops that hf_galore/ops.py and hf_galore/optim/adamw_ops.py define, through torch's stable ABI.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -135,7 +135,8 @@ class AdamWRule {
     step_.second = {second.data_ptr(), nullptr, nullptr, second_words_.words()};
     step_.blocks_end_with_rows = false;
     if (blocks) {
-      STD_TORCH_CHECK(first_scales && second_scales && signed_codes && unsigned_codes, "8-bit moments need scales and codes");
+      STD_TORCH_CHECK(first_scales && second_scales && signed_codes && unsigned_codes,
+                      "8-bit moments need scales and code books");
       step_.format = Format::blocks;
       step_.blocks_end_with_rows = first_scales->dim() == 2;
       const int64_t per_row = (grad_.cols + 255) / 256;

@@ -46,13 +46,15 @@ inline void check_shape(const Tensor& tensor, int64_t rows, int64_t cols, const 
 // Memory of torch's own allocator, so that torch's counters see it.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats)
-      : tensor_(torch::stable::empty({std::max<int64_t>(floats, 1)}, ScalarType::Float)) {}
-  float* floats() { return static_cast<float*>(tensor_.data_ptr()); }
-  uint32_t* words() { return static_cast<uint32_t*>(tensor_.data_ptr()); }
+  explicit Scratch(int64_t floats) {
+    if (floats > 0) tensor_ = torch::stable::empty({floats}, ScalarType::Float);
+  }
+  float* floats() { return static_cast<float*>(data()); }
+  uint32_t* words() { return static_cast<uint32_t*>(data()); }
 
  private:
-  Tensor tensor_;
+  void* data() { return tensor_ ? tensor_->data_ptr() : nullptr; }
+  std::optional<Tensor> tensor_;
 };
 
 // The random words of a matrix's columns, and what those of its rows are made of; none where it is rounded to nearest.
