@@ -1,7 +1,9 @@
-# On a machine with Python >= 3.10 and pip, each target first makes .venv and installs what it needs there, once.
+# On a machine with Python >= 3.10 and pip, each target first makes .venv and installs what it needs there, once. The native
+# ops are built along with it, where a C++ compiler is, and again when their sources have changed.
 #   make demo ARGS="..."           run examples/pretrain.py
 #   make test PYTEST_ARGS="..."    run the tests
-#   make lint                      ruff and mypy
+NATIVE := hf_galore/native.py $(wildcard hf_galore/csrc/*.h hf_galore/csrc/*/*)
+#   make lint                      ruff, mypy and the warnings of the C++ compiler
 #   make install                   .venv for development (what test and lint need)
 #   make clean                     remove what builds and tests leave behind; .venv stays
 # Another Python: make test PYTHON=python3.12
@@ -12,11 +14,14 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
+NATIVE := hf_galore/native.py $(wildcard hf_galore/csrc/*.h hf_galore/csrc/*/*)
+CXX_LINT = -std=c++17 -fvisibility=hidden -Wall -Wextra -Werror -DTORCH_TARGET_VERSION=0x020a000000000000 \
+	-isystem $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/torch/include))
 TORCH := $(shell grep '^torch==' constraints.txt)
 # DeepSpeed is installed without compiling anything: what it needs it compiles when it is first used.
 PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint kernels install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/pretrain.py $(ARGS)
@@ -28,6 +33,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	for file in hf_galore/csrc/cpu/*.cpp; do $(CXX) -fsyntax-only $(CXX_LINT) $$file || exit; done
+
+kernels: $(VENV)/.dev
+	@if command -v nvcc > /dev/null; then $(BIN)/python setup.py -q kernels; \
+	else echo "make kernels: there is no nvcc here, so the CUDA sources are not compiled"; fi
 
 install: $(VENV)/.dev
 
@@ -40,14 +50,14 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) "$(TORCH)"
 	touch $@
 
-$(VENV)/.demo: setup.py pyproject.toml constraints.txt $(VENV)/.torch
+$(VENV)/.demo: setup.py pyproject.toml constraints.txt $(NATIVE) $(VENV)/.torch
 	$(PIP_INSTALL) -e ".[demo]"
 	touch $@
 
-$(VENV)/.dev: setup.py pyproject.toml constraints.txt $(VENV)/.torch
+$(VENV)/.dev: setup.py pyproject.toml constraints.txt $(NATIVE) $(VENV)/.torch
 	$(PIP_INSTALL) -e ".[test,lint]"
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info hf_galore/_native_* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -3,17 +3,22 @@
 W ← beta·W + alpha·A B, or W ← beta·W + alpha·delta. float32 and float64 weights take one GEMM with no m x n temporary.
 Lower precisions are computed in float32, a block of rows at a time, and rounded once: stochastically to bfloat16 if a
 `RoundingKey` is given, else to nearest.
+
+Matrices of float32 and bfloat16 go through the ops hf_galore::add_lowrank_, add_, round_into_ and matmul
+(`hf_galore.native`), whose references are here; other dtypes and layouts take the references.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from hf_galore.rounding import RoundingKey, bits_of, random_words, round_stochastic
+from hf_galore import native
+from hf_galore.rounding import RoundingKey, bits_of, key_numbers, random_words, round_stochastic
 
 BLOCK_ELEMENTS = 1 << 18  # a few float32 temporaries of this size stay in a CPU's second-level cache
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of what the native ops take
 _PRODUCT_ELEMENTS = 1 << 20  # what is widened for a product at a time: larger pieces multiply faster
 
 
@@ -47,14 +52,27 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         return a.to(dtype) @ b.to(dtype)
     if a.dim() > 2:
         return torch.stack([matmul(x, y) for x, y in zip(a, b, strict=True)])
+    covered = a.dtype in NATIVE_DTYPES and b.dtype in NATIVE_DTYPES
+    product: Tensor = (_matmul if covered else _matmul_reference)(a, b)
+    return product
+
+
+def _matmul_reference(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype.itemsize < b.dtype.itemsize:
-        step = max(1, _PRODUCT_ELEMENTS // a.shape[1])
+        step = max(1, _PRODUCT_ELEMENTS // max(1, a.shape[1]))
         return torch.cat([block.to(b.dtype) @ b for block in a.split(step)])
     result = a.new_zeros(a.shape[0], b.shape[1])
-    step = max(1, _PRODUCT_ELEMENTS // b.shape[1])
+    step = max(1, _PRODUCT_ELEMENTS // max(1, b.shape[1]))
     for columns, block in zip(a.split(step, dim=1), b.split(step), strict=True):
         result.addmm_(columns, block.to(a.dtype))
     return result
+
+
+_matmul = native.define(
+    "matmul(Tensor a, Tensor b) -> Tensor",
+    _matmul_reference,
+    lambda a, b: a.new_empty((a.shape[0], b.shape[1]), dtype=torch.promote_types(a.dtype, b.dtype)),
+)
 
 
 def add_lowrank_(
@@ -71,26 +89,71 @@ def add_lowrank_(
 
     `first_row` is the number of the weight's first row within its parameter.
     """
-    wide = weight.dtype in (torch.float32, torch.float64)
-    product = weight.dtype if wide else product_dtype(weight.dtype, weight.device)
+    if weight.numel() == 0:
+        return
+    if weight.dtype == torch.float64 or (weight.dtype == torch.float32 and weight.stride(-1) != 1):
+        left, right = left.to(weight.dtype), right.to(weight.dtype)
+        if weight.dim() == 2:
+            weight.addmm_(left, right, beta=beta, alpha=alpha)
+        else:
+            with _viewed(weight, -1, *weight.shape[-2:]) as batch:
+                lefts, rights = (factor.reshape(-1, *factor.shape[-2:]) for factor in (left, right))
+                batch.baddbmm_(lefts, rights, beta=beta, alpha=alpha)
+        return
+    product = product_dtype(weight.dtype, weight.device)
     left, right = left.to(product), right.to(product)
-    if wide and weight.dim() == 2:
-        weight.addmm_(left, right, beta=beta, alpha=alpha)
+    if product == torch.bfloat16:
+        add = _add_bfloat16_lowrank_
+    else:
+        add = _add_lowrank_ if weight.dtype in NATIVE_DTYPES else _add_lowrank_reference
+    numbers = key_numbers(key)
+    if weight.dim() == 2 and weight.stride(1) == 1:
+        add(weight, left, right, alpha, beta, numbers, first_row)
         return
     lefts, rights = (factor.reshape(-1, *factor.shape[-2:]) for factor in (left, right))
     with _viewed(weight, -1, *weight.shape[-2:]) as batch:
-        if wide:
-            batch.baddbmm_(lefts, rights, beta=beta, alpha=alpha)
-            return
         for index, (one, a, b) in enumerate(zip(batch, lefts, rights, strict=True)):
+            add(one, a, b, alpha, beta, numbers, first_row + index * one.shape[0])
 
-            def new_rows(rows: slice, one: Tensor = one, a: Tensor = a, b: Tensor = b) -> Tensor:
-                block = one[rows].float()
-                if product == torch.float32:
-                    return block.addmm_(a[rows], b, beta=beta, alpha=alpha)
-                return scale_(block, beta).add_(a[rows] @ b, alpha=alpha)
 
-            _round_rows_(one, new_rows, key, first_row + index * one.shape[0])
+def _add_lowrank_reference(
+    weight: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, key: Sequence[int] | None, first_row: int
+) -> None:
+    if weight.dtype == torch.float32:
+        weight.addmm_(left, right, beta=beta, alpha=alpha)
+        return
+
+    def new_rows(rows: slice) -> Tensor:
+        return weight[rows].float().addmm_(left[rows], right, beta=beta, alpha=alpha)
+
+    _round_rows_(weight, new_rows, key, first_row)
+
+
+_add_lowrank_ = native.define(
+    "add_lowrank_(Tensor(a!) weight, Tensor left, Tensor right, float alpha, float beta, int[]? key, int first_row)"
+    " -> ()",
+    _add_lowrank_reference,
+    lambda *_: None,
+)
+
+
+def _add_bfloat16_lowrank_reference(
+    weight: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, key: Sequence[int] | None, first_row: int
+) -> None:
+    """The product of some rows at a time, in bfloat16, and the write-back of these."""
+    step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        _add_(weight[rows], left[rows] @ right, alpha, beta, key, first_row + start)
+
+
+# Where the device multiplies bfloat16.
+_add_bfloat16_lowrank_ = native.define(
+    "add_bfloat16_lowrank_(Tensor(a!) weight, Tensor left, Tensor right, float alpha, float beta, int[]? key,"
+    " int first_row) -> ()",
+    _add_bfloat16_lowrank_reference,
+    lambda *_: None,
+)
 
 
 def add_(
@@ -103,20 +166,50 @@ def add_(
     if weight.dtype in (torch.float32, torch.float64):
         scale_(weight, beta).add_(delta, alpha=alpha)
         return
-    with _viewed(weight, -1, _width(weight)) as matrix:
-        deltas = delta.reshape(matrix.shape)
+    if weight.numel() == 0:
+        return
+    add = _add_ if weight.dtype in NATIVE_DTYPES and delta.dtype in NATIVE_DTYPES else _add_reference
+    with _viewed(weight, -1, width_of(weight)) as matrix:
+        deltas = delta.reshape(matrix.shape).contiguous()
+        add(matrix, deltas, alpha, beta, key_numbers(key), first_row)
 
-        def new_rows(rows: slice) -> Tensor:
-            return scale_(matrix[rows].float(), beta).add_(deltas[rows], alpha=alpha)
 
-        _round_rows_(matrix, new_rows, key, first_row)
+def _add_reference(
+    weight: Tensor, delta: Tensor, alpha: float, beta: float, key: Sequence[int] | None, first_row: int
+) -> None:
+    def new_rows(rows: slice) -> Tensor:
+        return scale_(weight[rows].float(), beta).add_(delta[rows], alpha=alpha)
+
+    _round_rows_(weight, new_rows, key, first_row)
+
+
+_add_ = native.define(
+    "add_(Tensor(a!) weight, Tensor delta, float alpha, float beta, int[]? key, int first_row) -> ()",
+    _add_reference,
+    lambda *_: None,
+)
 
 
 def round_into_(target: Tensor, values: Tensor, key: RoundingKey | None, first_row: int = 0) -> None:
     """target ← values in the target's dtype, in place, rounded as a weight is; `first_row` as in `add_`."""
-    with _viewed(target, -1, _width(target)) as matrix:
-        source = values.reshape(matrix.shape)
-        _round_rows_(matrix, lambda rows: source[rows].float(), key, first_row)
+    if target.numel() == 0:
+        return
+    covered = target.dtype == torch.bfloat16 and values.dtype in NATIVE_DTYPES
+    round_into = _round_into_ if covered else _round_into_reference
+    with _viewed(target, -1, width_of(target)) as matrix:
+        source = values.reshape(matrix.shape).contiguous()
+        round_into(matrix, source, key_numbers(key), first_row)
+
+
+def _round_into_reference(target: Tensor, values: Tensor, key: Sequence[int] | None, first_row: int) -> None:
+    _round_rows_(target, lambda rows: values[rows].float(), key, first_row)
+
+
+_round_into_ = native.define(
+    "round_into_(Tensor(a!) target, Tensor values, int[]? key, int first_row) -> ()",
+    _round_into_reference,
+    lambda *_: None,
+)
 
 
 def scale_(tensor: Tensor, factor: float) -> Tensor:
@@ -124,7 +217,7 @@ def scale_(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1.0 else tensor.mul_(factor)
 
 
-def _width(tensor: Tensor) -> int:
+def width_of(tensor: Tensor) -> int:
     """The length of a row: the last dimension; a vector is a column, so that its parts have rows of their own."""
     return tensor.shape[-1] if tensor.dim() > 1 else 1
 
@@ -139,17 +232,17 @@ def _viewed(tensor: Tensor, *shape: int) -> Iterator[Tensor]:
 
 
 def _round_rows_(
-    target: Tensor, new_rows: Callable[[slice], Tensor], key: RoundingKey | None, first_row: int = 0
+    target: Tensor, new_rows: Callable[[slice], Tensor], key: Sequence[int] | None, first_row: int
 ) -> None:
     """target[rows] ← new_rows(rows) (float32) rounded to the target's dtype, one block of rows after another.
 
     `first_row` is the number of the target's first row within its parameter.
     """
     height, width = target.shape
-    step = max(1, BLOCK_ELEMENTS // width)
+    step = max(1, BLOCK_ELEMENTS // max(1, width))
     words = None
     if key is not None and target.dtype == torch.bfloat16:
-        words = random_words(key, range(first_row, first_row + height), width, target.device)
+        words = random_words(RoundingKey(*key), range(first_row, first_row + height), width, target.device)
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         block = new_rows(rows)

@@ -21,6 +21,11 @@ class RoundingKey(NamedTuple):
     parameter: int
 
 
+def key_numbers(key: RoundingKey | None) -> list[int] | None:
+    """The key as an op takes it: signed 64-bit integers, which make the same bits."""
+    return None if key is None else [((number & _MASK64) ^ (1 << 63)) - (1 << 63) for number in key]
+
+
 def mix64(*numbers: int) -> int:
     """A 64-bit hash of a few integers (splitmix64's finaliser over a running sum): the same on every machine."""
     state = 0

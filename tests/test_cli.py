@@ -77,7 +77,9 @@ def test_env_text(capsys):
     main(["env"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert f"hf_galore: {hf_galore.__version__}" in lines
-    assert "loaded: none (Python reference)" in lines
+    assert any(
+        line.startswith(("cpu: compiled, instruction set ", "cpu: the Python references run: ")) for line in lines
+    )
     assert "transformers: importable" in lines
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hf_galore
+from hf_galore import native
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = sorted(path for path in (ROOT / "hf_galore").rglob("*.py") if "integrations" not in path.parts)
@@ -121,6 +122,28 @@ def test_wheel_holds_every_module_once(wheel):
     assert sorted(name for name in names if name.endswith(".py")) == sorted(expected)
     assert "hf_galore/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"hf_galore"}
+
+
+def test_wheel_holds_the_native_ops(wheel):
+    """One for every Python from 3.10 on; where they cannot be built, a note of why."""
+    assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]
+    names = zipfile.ZipFile(wheel).namelist()
+    found = {name.removeprefix("hf_galore/_native") for name in names if name.startswith("hf_galore/_native_")}
+    library, note = f"_v{native.OPS_VERSION}.abi3.so", "_build.txt"
+    cpu = library if native.cpu_kernels() else note
+    assert found in ({cpu, f"_cuda{library}"}, {cpu, f"_cuda{note}"})
+
+
+def test_an_installation_without_a_compiler_succeeds(tmp_path):
+    """What is missing is said by a note, which `python -m hf_galore env` shows."""
+    shutil.copytree(ROOT / "hf_galore/csrc", tmp_path / "hf_galore/csrc")
+    for name in ("setup.py", "README.md", "hf_galore/__init__.py", "hf_galore/native.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    env = os.environ | {"CC": "/no/compiler", "CXX": "/no/compiler"}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=300)
+    assert "/no/compiler" in (tmp_path / "hf_galore/_native_build.txt").read_text()
+    assert not list((tmp_path / "hf_galore").glob("*.so"))
 
 
 def test_wheel_works_without_the_checkout(wheel, tmp_path):

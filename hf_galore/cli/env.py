@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hf_galore import __version__
+from hf_galore import __version__, native
 
 LIBRARIES = (
     "torch",
@@ -60,8 +60,10 @@ def environment() -> dict[str, dict[str, Any]]:
 
 
 def native_ops() -> dict[str, str]:
-    """Which kernels are loaded, by device."""
-    return {"loaded": "none (Python reference)"}
+    """Which kernels are loaded, by device, and why there are none."""
+    compiled = {"cpu": f"compiled, instruction set {native.cpu_kernels()}", "cuda": "compiled"}
+    missing = {device: f"the Python references run: {why}" for device, why in native.reasons_for_none().items()}
+    return compiled | missing
 
 
 def _version(name: str) -> str:

@@ -1,14 +1,17 @@
 """GaLore with AdamW."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_galore.checks import check_boolean, check_number
-from hf_galore.optim.optimizer import Group, LowRankOptimizer
+from hf_galore.optim import adamw_ops
+from hf_galore.optim.moments import State
+from hf_galore.optim.optimizer import Group, LowRankOptimizer, Step
+from hf_galore.sides import Side
 
 
 class GaLoreAdamW(LowRankOptimizer):
@@ -79,23 +82,42 @@ class GaLoreAdamW(LowRankOptimizer):
     def update_(
         self, target: Tensor, grad: Tensor, moments: Mapping[str, Tensor], group: Group, step: int, lr: float
     ) -> None:
-        beta1, beta2 = group["betas"]
-        done = float(step) if group["correct_bias"] else math.inf  # the corrections 1 - beta^step are 1 at infinity
-        torch._fused_adamw_(
-            [target],
-            [grad],
-            [moments["exp_avg"]],
-            [moments["exp_avg_sq"]],
-            [],
-            [torch.tensor(done, dtype=torch.float32, device=grad.device)],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=0.0,
-            eps=group["eps"] / math.sqrt(1.0 - beta2**done),  # torch adds it after the bias correction
-            amsgrad=False,
-            maximize=False,
+        adamw_ops.update_(target, grad, moments["exp_avg"], moments["exp_avg_sq"], _rule(group, step, lr))
+
+    def step_full_(self, target: Tensor, grad: Tensor, state: State, step: Step, decay: float, first_row: int) -> None:
+        if not adamw_ops.covers(target, grad, step.formats):
+            super().step_full_(target, grad, state, step, decay, first_row)
+            return
+        rule = _rule(step.group, step.number, step.lr)
+        adamw_ops.adamw_(target, grad, state, rule, decay=decay, key=step.key, first_row=first_row)
+
+    def step_low_rank_(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        basis: Tensor,
+        side: Side,
+        step: Step,
+        decay: float,
+        first_row_of: Callable[[Tensor], int],
+    ) -> None:
+        if not adamw_ops.covers_lowrank(weight, grad, step.formats, side):
+            super().step_low_rank_(weight, grad, state, basis, side, step, decay, first_row_of)
+            return
+        adamw_ops.lowrank_adamw_(
+            *(weight, grad, state, basis, side, _rule(step.group, step.number, step.lr)),
+            scale=step.group["scale"],
+            decay=decay,
+            key=step.key,
+            first_row=first_row_of(weight),
+            first_moment_row=first_row_of(grad),
         )
+
+
+def _rule(group: Group, step: int, lr: float) -> adamw_ops.Rule:
+    beta1, beta2 = group["betas"]
+    return adamw_ops.Rule(lr, beta1, beta2, group["eps"], float(step) if group["correct_bias"] else math.inf)
 
 
 def check_adam(group: Group) -> None:

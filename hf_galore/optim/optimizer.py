@@ -25,7 +25,7 @@ from hf_galore.optim.refreshing import Group, Member, refresh_bases
 from hf_galore.rounding import RoundingKey, mix64
 from hf_galore.schedule import offset
 from hf_galore.shards import is_sharded, local, rows_of, spread
-from hf_galore.sides import Right, resolve_side
+from hf_galore.sides import Right, Side, resolve_side
 from hf_galore.statistics import Observer
 
 Formats = dict[str, tuple[torch.Size, MomentFormat]]  # shape and format of each moment
@@ -255,28 +255,50 @@ class LowRankOptimizer(torch.optim.Optimizer):
             grad = member.matrix.side.project(grad, basis.to(product_dtype(grad.dtype, grad.device)))
         lr = self.rate(group, done + 1, param)
         beta = 1.0 - lr * group["weight_decay"]
-        step = _Step(group, formats, done + 1 - int(state.get("reset_step", 0)), lr, number, key)
+        step = Step(group, formats, done + 1 - int(state.get("reset_step", 0)), lr, number, key)
         here = self._here(param)
-        if member is not None or param in self.write_backs:
+        if member is not None and basis is not None:
+            self.step_low_rank_(weight, grad, here, basis, member.matrix.side, step, beta, first_row_of)
+        elif param in self.write_backs:
             delta = torch.zeros(grad.shape, dtype=work, device=param.device)
-            self._update(delta, grad, here, step, first_row_of(delta))
-            if member is None or basis is None:
-                self.write_backs[param](delta, beta)
-            else:
-                left, right = member.matrix.side.factors(delta, basis.to(work))
-                row = first_row_of(weight)
-                add_lowrank_(weight, left, right, alpha=group["scale"], beta=beta, key=step.key, first_row=row)
-            return
-        for rows, of_grad, of_state, start in self._blocks(weight, grad, here, formats):
-            row = first_row_of(weight) + start
-            if rows.dtype == work and rows.is_contiguous():
-                self._update(scale_(rows, beta), of_grad, of_state, step, row)
-            else:
-                delta = torch.zeros(of_grad.shape, dtype=work, device=param.device)
-                self._update(delta, of_grad, of_state, step, row)
-                add_(rows, delta, alpha=1.0, beta=beta, key=step.key, first_row=row)
+            self.step_full_(delta, grad, here, step, 1.0, first_row_of(delta))
+            self.write_backs[param](delta, beta)
+        else:
+            for rows, of_grad, of_state, start in self._blocks(weight, grad, here, formats):
+                self.step_full_(rows, of_grad, of_state, step, beta, first_row_of(weight) + start)
 
-    def _update(self, target: Tensor, grad: Tensor, state: State, step: "_Step", first_row: int = 0) -> None:
+    def step_full_(
+        self, target: Tensor, grad: Tensor, state: State, step: "Step", decay: float, first_row: int
+    ) -> None:
+        """target ← decay·target − lr·N, rounded as the target is, and the moments in `state`; all of one shape."""
+        work = working_dtype(target)
+        if target.dtype == work and target.is_contiguous():
+            self._update(scale_(target, decay), grad, state, step, first_row)
+        else:
+            delta = torch.zeros(grad.shape, dtype=work, device=target.device)
+            self._update(delta, grad, state, step, first_row)
+            add_(target, delta, alpha=1.0, beta=decay, key=step.key, first_row=first_row)
+
+    def step_low_rank_(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        basis: Tensor,
+        side: Side,
+        step: "Step",
+        decay: float,
+        first_row_of: Callable[[Tensor], int],
+    ) -> None:
+        """weight ← decay·weight − lr·scale·back(N), given R as `grad`, and the moments in `state`."""
+        work = working_dtype(weight)
+        delta = torch.zeros(grad.shape, dtype=work, device=weight.device)
+        self.step_full_(delta, grad, state, step, 1.0, first_row_of(delta))
+        left, right = side.factors(delta, basis.to(work))
+        row = first_row_of(weight)
+        add_lowrank_(weight, left, right, alpha=step.group["scale"], beta=decay, key=step.key, first_row=row)
+
+    def _update(self, target: Tensor, grad: Tensor, state: State, step: "Step", first_row: int = 0) -> None:
         """`update_` with the moments read from the state and written back."""
         moments = {name: kept.read(state, name) for name, (_, kept) in step.formats.items()}
         self.update_(target, grad.to(target.dtype).contiguous(), moments, step.group, step.number, step.lr)
@@ -369,7 +391,7 @@ def warn_once(seen: set[str], owner: str, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """What a step of one parameter depends on besides its tensors."""
 
     group: Group

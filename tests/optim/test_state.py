@@ -5,7 +5,7 @@ import torch
 from optimizer_cases import BASE, assert_same, contents, each_class, each_layout, make, problem, saved, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, native
 
 PARAM_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MOMENTS = {
@@ -165,7 +165,10 @@ def test_a_step_in_blocks_of_rows_is_the_whole_step(cls, dtype, shape, monkeypat
 
 @pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreAdamW8bit])
 def test_a_full_rank_step_makes_no_copy_of_the_parameter(cls, monkeypatch):
-    """A bfloat16 matrix of 64 blocks is stepped with temporaries of a few blocks, whatever the states are kept in."""
+    """A bfloat16 matrix of 64 blocks is stepped with temporaries of a few blocks, whatever the states are kept in.
+
+    By the references of the native ops; tests/test_native.py has the ops.
+    """
     monkeypatch.setattr("hf_galore.optim.optimizer.BLOCK_ELEMENTS", 1024)
     param = torch.nn.Parameter(torch.randn(256, 256).bfloat16())
     optimizer = cls([param], state_dtype="bfloat16", **BASE[cls])
@@ -184,6 +187,6 @@ def test_a_full_rank_step_makes_no_copy_of_the_parameter(cls, monkeypatch):
         state = list(optimizer.state[param].values())
         known = {tensor.untyped_storage().data_ptr() for tensor in (param, param.grad, *state)}
         largest = 0
-        with Recorder():
+        with native.references_only(), Recorder():
             optimizer.step()
     assert 0 < largest <= 1024 * 8
