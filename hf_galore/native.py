@@ -25,16 +25,28 @@ _REBUILD = (
     "install hf_galore again where torch 2.10 or newer and a C++17 compiler are (`pip install -v .` shows the build)"
 )
 
-_schemas = torch.library.Library("hf_galore", "DEF")
 _references_only = False
+
+
+def _defined() -> dict[str, Any]:
+    """What is in the namespace of the ops, with the library that has put it there.
+
+    Both stay where modules are imported anew, since torch takes a definition once.
+    """
+    found = vars(torch.ops.hf_galore)
+    if "_library" not in found:
+        found["_library"] = torch.library.Library("hf_galore", "DEF")
+    return found
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the op hf_galore::<schema>, and returns what calls it."""
-    name = schema.partition("(")[0]
-    _schemas.define(schema)
-    _schemas.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hf_galore::{name}", fake, lib=_schemas)
+    name, defined = schema.partition("(")[0], _defined()
+    if name not in defined:
+        library = defined["_library"]
+        library.define(schema)
+        library.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hf_galore::{name}", fake, lib=library)
     op = getattr(torch.ops.hf_galore, name).default
 
     def call(*args: Any) -> Any:

@@ -433,6 +433,7 @@ def test_compiled_as_a_whole():
 def python(code, **env):
     env = {
         **os.environ,
+        "HF_GALORE_REQUIRE_NATIVE": "0",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     } | env
     return subprocess.run(
@@ -455,6 +456,20 @@ def test_a_library_that_is_required_and_missing_is_an_error():
     assert (
         "ImportError: HF_GALORE_REQUIRE_NATIVE is set and the native ops of hf_galore for cpu are missing"
         in raised.value.stderr
+    )
+
+
+def test_modules_that_are_imported_anew_find_the_ops():
+    """As in a notebook that reloads them."""
+    python(
+        "import sys, torch, hf_galore.ops as before\n"
+        "for name in [name for name in sys.modules if name.startswith('hf_galore')]: del sys.modules[name]\n"
+        "import hf_galore.ops as after\n"
+        "assert after is not before\n"
+        "for ops in (before, after):\n"
+        "    weight = torch.zeros(2, 3)\n"
+        "    ops.add_lowrank_(weight, torch.ones(2, 1), torch.ones(1, 3), alpha=1.0, beta=1.0, key=None)\n"
+        "    assert (weight == 1.0).all()"
     )
 
 
