@@ -10,8 +10,9 @@ A small Llama is trained from random weights. Every method has two rates: `lr_ma
 attention and MLP (GaLore's lr·scale; that of the adapters in LoRA), `lr_rest` that of embeddings and norms, which
 train in all methods. --grid tries rates with seed 0; without it each method runs with its best ones, or, where it has
 no grid of its own, with those of the method that it is tuned like. The study `final`, a model of 10 M parameters,
-takes the rates that are best in `wide`, of 4 M, after as many steps and tokens. Every finished run adds a line to the
-CSV; runs that are in it already are skipped. --lr_matrices and --lr_rest take a part of the grid or extend it.
+takes the rates that are best in `wide`, of 4 M, after as many steps of half as many tokens. Every finished run adds a
+line to the CSV; runs that are in it already are skipped. --lr_matrices and --lr_rest take a part of the grid or extend
+it.
 """
 
 import argparse
@@ -111,7 +112,7 @@ WIDE = [name for name in METHODS if name not in ("LoRA", "ReLoRA")]
 FINAL = ["AdamW", "svd + keep (the paper)", "randomized + rotate", "streaming + rotate", "LoRA", "ReLoRA"]
 STUDIES = {
     "wide": Study(llama(256, 704, 4, 4, 4096), steps=500, rank=64, gap=50, batch=4, methods=WIDE),
-    "final": Study(llama(320, 864, 5, 6, 8192), steps=500, rank=80, gap=50, batch=4, methods=FINAL, tuned_in="wide"),
+    "final": Study(llama(320, 864, 5, 6, 8192), steps=500, rank=80, gap=50, batch=2, methods=FINAL, tuned_in="wide"),
 }
 
 
