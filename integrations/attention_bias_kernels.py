@@ -25,7 +25,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from hf_galore.attention.bias import Columns
 from hf_galore.attention.columns import Attended, with_columns
-from hf_galore.attention.fused import FusedWithColumns
+from hf_galore.attention.fused import fused_with_columns
 from hf_galore.attention.merge import column_scores, merge
 from hf_galore.integrations.attention import Attention, AttentionCall, Result
 
@@ -121,7 +121,7 @@ def _fused(call: AttentionCall, columns: Columns, causal: bool) -> Tensor:
         gate = None if gate is None else gate.view(1, -1, groups, 1)
     else:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    out: Tensor = FusedWithColumns.apply(query, key, value, mask, causal, scale, score, column_value, gate)
+    out = fused_with_columns(query, key, value, mask, causal, scale, score, column_value, gate)
     return out.reshape(batch, heads, length, dim).transpose(1, 2).contiguous()
 
 

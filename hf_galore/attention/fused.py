@@ -23,12 +23,48 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class FusedWithColumns(torch.autograd.Function):
+def fused_with_columns(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    score: Tensor,
+    column_value: Tensor,
+    gate: Tensor | None,
+) -> Tensor:
     """The attention (B, H, Q, e) of queries (B, H, Q, d) over keys and values (B, H, K, d) and over columns.
 
     `mask` is None or to be added to the scores; `score` and `column_value` are what `column_scores` returns; `gate` is
     None or of a shape (1, H, Q or 1, 1).
     """
+    if torch.is_grad_enabled():
+        result: Tensor = FusedWithColumns.apply(query, key, value, mask, causal, scale, score, column_value, gate)
+        return result
+    return _forward(query, key, value, mask, causal, scale, score, column_value, gate)[0]
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    score: Tensor,
+    column_value: Tensor,
+    gate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, the kernel's own and its log-sum-exp, and the columns' share."""
+    out, lse = _flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    share = (score - lse).sigmoid_()[..., None]
+    mass = share if gate is None else share * gate
+    return (out + mass * (column_value - out)).to(out.dtype), out, lse, share
+
+
+class FusedWithColumns(torch.autograd.Function):
+    """`fused_with_columns` with its derivatives."""
 
     @staticmethod
     def forward(
@@ -43,12 +79,10 @@ class FusedWithColumns(torch.autograd.Function):
         column_value: Tensor,
         gate: Tensor | None,
     ) -> Tensor:
-        out, lse = _flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-        share = (score - lse).sigmoid()[..., None]
-        mass = share if gate is None else share * gate
+        result, out, lse, share = _forward(query, key, value, mask, causal, scale, score, column_value, gate)
         ctx.save_for_backward(query, key, value, mask, out, lse, share, column_value, gate)
         ctx.causal, ctx.scale = causal, scale
-        return (out + mass * (column_value - out)).to(out.dtype)
+        return result
 
     @staticmethod
     @once_differentiable

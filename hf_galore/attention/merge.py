@@ -19,18 +19,26 @@ def column_scores(
     precise = torch.promote_types(query.dtype, torch.float32)
     batch, heads, length, dim = query.shape
     n = columns.n
-    logit = torch.zeros(batch, heads, length, n, dtype=precise, device=query.device)
-    if columns.logit is not None:
-        logit = logit + columns.logit.to(precise).view(1, heads, 1, n)
+    logit = torch.zeros((), dtype=precise, device=query.device)
     if columns.key is not None:
         grouped = query.reshape(batch, columns.key.shape[0], -1, dim)
-        scores = (grouped @ columns.key.to(query.dtype).mT).view(batch, heads, length, n).to(precise) * scale
-        logit = logit + (scores if softcap is None else softcap * (scores / softcap).tanh())
-    total = logit.logsumexp(-1)
+        logit = (grouped @ columns.key.to(query.dtype).mT).view(batch, heads, length, n).to(precise) * scale
+        if softcap is not None:
+            logit = softcap * (logit / softcap).tanh()
+    if columns.logit is not None:
+        logit = logit + columns.logit.to(precise).view(1, heads, 1, n)
+    logit = logit.expand(batch, heads, length, n)
+    total = logit[..., 0] if n == 1 else logit.logsumexp(-1)
     if columns.value is None:
-        return total, logit.new_zeros(batch, heads, length, value_dim)
+        return total, logit.new_zeros(1, 1, 1, 1).expand(batch, heads, length, value_dim)
     value = columns.value.to(precise)
-    shares = (logit - total[..., None]).exp().reshape(batch, value.shape[0], -1, n)
+    groups = value.shape[0]
+    if n == 1:  # a share of 1
+        one = value.view(1, groups, 1, 1, value_dim)
+        return total, one.expand(batch, groups, heads // groups, length, value_dim).reshape(
+            batch, heads, length, value_dim
+        )
+    shares = (logit - total[..., None]).exp().reshape(batch, groups, -1, n)
     return total, (shares @ value).view(batch, heads, length, value_dim)
 
 
