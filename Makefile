@@ -2,8 +2,8 @@
 # ops are built along with it, where a C++ compiler is, and again when their sources have changed.
 #   make demo ARGS="..."           run examples/pretrain.py
 #   make test PYTEST_ARGS="..."    run the tests
-NATIVE := hf_galore/native.py $(wildcard hf_galore/csrc/*.h hf_galore/csrc/*/*)
 #   make lint                      ruff, mypy and the warnings of the C++ compiler
+#   make kernels                   compile the CUDA sources for all architectures, where nvcc is
 #   make install                   .venv for development (what test and lint need)
 #   make clean                     remove what builds and tests leave behind; .venv stays
 # Another Python: make test PYTHON=python3.12

@@ -12,16 +12,15 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import result_file
 import torch
 import transformers
 from sink_cache import random_llama
 from transformers import DynamicCache, LlamaForCausalLM
+from turns import median_seconds
 
 import hf_galore
 from hf_galore.cli.env import environment
@@ -94,14 +93,7 @@ def decoding(model: LlamaForCausalLM, tokens: int) -> Step:
 def timed(steps: dict[str, Step], rounds: int) -> dict[str, object]:
     """What a row says of steps that take turns."""
     load = os.getloadavg()[0]
-    times: dict[str, list[float]] = {kind: [] for kind in steps}
-    for number in range(rounds + 1):
-        for kind, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if number:
-                times[kind].append(time.perf_counter() - start)
-    seconds = {kind: median(values) for kind, values in times.items()}
+    seconds = median_seconds(steps, rounds)
     return {
         **{f"{kind} ms": f"{1e3 * value:.2f}" for kind, value in seconds.items()},
         **{f"{kind} / plain": f"{seconds[kind] / seconds['plain']:.3f}" for kind in KINDS[1:]},

@@ -12,15 +12,14 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import result_file
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from turns import median_seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from presets import PRESETS
@@ -70,14 +69,7 @@ def measure(case: str, tokens: int, micro_batches: int, rounds: int) -> dict[str
     load = os.getloadavg()[0]
     make = model_step if case == MODEL else layer_step
     steps = {kind: make(kind, tokens, micro_batches) for kind in KINDS}
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for number in range(rounds + 1):
-        for kind, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if number:
-                times[kind].append(time.perf_counter() - start)
-    seconds = {kind: median(values) for kind, values in times.items()}
+    seconds = median_seconds(steps, rounds)
     return {
         "case": case,
         "tokens": tokens,

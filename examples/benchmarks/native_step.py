@@ -17,16 +17,15 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import result_file
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from turns import median_seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from presets import PRESETS
@@ -95,14 +94,7 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
     """The row of a case."""
     load = os.getloadavg()[0]
     calls = {kind: step_of(kind, case) for kind in KINDS} | {"copy": copy_of(), "product": product_of(case)}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    seconds = {name: median(values) for name, values in times.items()}
+    seconds = median_seconds(calls, rounds)
     bandwidth, rate = 8 * COPIED / seconds["copy"], 2 * SQUARE**3 / seconds["product"]
     moved, flops, bound = work_of(case, bandwidth, rate)
     return {

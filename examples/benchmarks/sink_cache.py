@@ -16,14 +16,13 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import result_file
 import torch
 import transformers
+from turns import median_seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from presets import PRESETS
@@ -93,14 +92,7 @@ def measure(model: LlamaForCausalLM, window: int, options: argparse.Namespace) -
     load = os.getloadavg()[0]
     prompt = torch.randint(model.config.vocab_size, (1, window))
     steps = steps_of(model, prompt)
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for number in range(options.rounds + 3):
-        for kind, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if number >= 3:
-                times[kind].append(time.perf_counter() - start)
-    seconds = {kind: median(values) for kind, values in times.items()}
+    seconds = median_seconds(steps, options.rounds, warm_up=3)
     return {
         "shape": options.shape,
         "dtype": options.dtype,

@@ -67,21 +67,10 @@ class FusedWithColumns(torch.autograd.Function):
     """`fused_with_columns` with its derivatives."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        score: Tensor,
-        column_value: Tensor,
-        gate: Tensor | None,
-    ) -> Tensor:
-        result, out, lse, share = _forward(query, key, value, mask, causal, scale, score, column_value, gate)
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        query, key, value, mask, ctx.causal, ctx.scale, _, column_value, gate = args
+        result, out, lse, share = _forward(*args)
         ctx.save_for_backward(query, key, value, mask, out, lse, share, column_value, gate)
-        ctx.causal, ctx.scale = causal, scale
         return result
 
     @staticmethod
