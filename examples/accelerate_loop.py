@@ -58,6 +58,8 @@ def main() -> None:
         if number % 80 == 0:
             accelerator.print(f"step {number // 2}: loss {accelerator.reduce(loss.detach(), 'mean').item():.3f}")
     accelerator.print(f"loss at the end: {accelerator.reduce(loss.detach(), 'mean').item():.3f}")
+    # DDP's last reference to the process group, dropped later, could wait for a thread that waits for this one.
+    model, optimizer, data = accelerator.free_memory(model, optimizer, data)
     accelerator.end_training()
 
 

@@ -613,7 +613,7 @@ def test_unregister_restores_peft_exactly():
         hf_galore.register()
         during = everything_in_peft()
         hf_galore.unregister()
-        assert len(during[0]) == len(before[0]) + 2  # BitLinear and the attention bias
+        assert len(during[0]) == len(before[0]) + 3  # BitLinear, the attention bias, the register tokens
         assert everything_in_peft() == before
     hf_galore.unregister()
     with pytest.raises(RuntimeError, match=r"call hf_galore.register\(\) first"):
