@@ -348,7 +348,10 @@ def enable(
         modules = swappable(model, targets)
         _refuse_codes(model, targets, modules)
         if not modules:
-            raise ValueError(f"target_modules={target_modules!r}: none of the {len(targets)} targets can be swapped")
+            raise ValueError(
+                f"target_modules={target_modules!r}: none of the {len(targets)} targets can be swapped, because their "
+                f"modules do more than nn.Linear does (such as {min(targets)!r}); galore_adamw projects such weights"
+            )
         engine = LowRankBackward(model, settings)
         engine.add(sharing_inputs(model, modules, settings.siblings))
         swapped = {id(module.weight) for module in modules}

@@ -10,6 +10,8 @@ from hf_galore.frozen_weight import frozen_weight, is_quantized, rounding
 from hf_galore.param_groups import is_conv1d
 from hf_galore.siblings import siblings_among
 
+_PLAIN_KINDS = ("FalconLinear",)  # of nn.Linear, with a forward of their own that computes what nn.Linear does
+
 
 def swappable(model: nn.Module, targets: set[str]) -> list[nn.Module]:
     """The modules whose weights are among the targets (names) and whose forward is x Wᵀ + bias and nothing else.
@@ -53,6 +55,7 @@ def _plain_forward(module: nn.Module) -> bool:
         base = next(cls for cls in reversed(type(module).__mro__) if cls.__name__ == "Conv1D")
         return type(module).forward is vars(base)["forward"]
     is_plain = type(module).forward is nn.Linear.forward
+    is_plain |= isinstance(module, nn.Linear) and type(module).__name__ in _PLAIN_KINDS
     return is_plain or is_quantized(module) or rounding(module) is not None
 
 

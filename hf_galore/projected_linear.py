@@ -53,7 +53,9 @@ class ProjectedLinear(torch.autograd.Function):
         ctx.save_for_backward(kept, weight, basis if pending or not right else None, update if pending else None)
         ctx.update_dtype, ctx.product = update.dtype, basis.dtype
         ctx.decode, ctx.right, ctx.decay, ctx.scale, ctx.pending = decode, right, decay, scale, pending
-        return y
+        # As a view, which `linear` may give, no model could change y in place (y += residual).
+        fresh: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return fresh
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,13 +83,17 @@ def dense(weight: Tensor, decode: Callable[[Tensor], Tensor] | None, dtype: torc
 
 
 class TapGradient(torch.autograd.Function):
-    """The identity on y that hands (x, gy) to `receive` in the backward pass: how a refresh sees its layer's data."""
+    """The identity on y that hands (x, gy) to `receive` in the backward pass: how a refresh sees its layer's data.
+
+    It gives back y itself and no view of it, which models could not change in place (`y += residual`).
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, receive: Any) -> Tensor:
         ctx.save_for_backward(x)
         ctx.receive = receive
-        return y.view_as(y)
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:

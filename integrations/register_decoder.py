@@ -129,9 +129,9 @@ def _without(value: Any, placement: Placement, shape: tuple[int, int]) -> Any:
         return value
     if value.ndim == 4:  # attention weights (batch, heads, tokens, keys)
         return placement.take(value, 2)
-    if value.ndim == 2:  # logits of a router (batch · tokens, experts)
+    if value.ndim == 2 and len(value) == batch * length:  # logits of a router (batch · tokens, experts)
         return placement.take(value.view(batch, length, -1)).flatten(0, 1)
-    return placement.take(value)
+    return placement.take(value) if value.ndim == 3 else value
 
 
 def _is_part(cache: Any) -> bool:

@@ -19,6 +19,7 @@ from hf_galore.attention.blocks import find_blocks
 from hf_galore.attention.registers import STD, RegisterTokens, check_registers
 from hf_galore.integrations import register_decoder, register_vision
 from hf_galore.integrations.attention_modules import example_of
+from hf_galore.integrations.decoders import decoder_of
 from hf_galore.integrations.register_decoder import CHILD, hook_decoder, masks_later
 from hf_galore.integrations.register_vision import EMBEDDINGS, hook_vision
 
@@ -103,7 +104,7 @@ def find_home(model: Any) -> Home:
             )
         find_blocks(encoder)
         return Home(model, encoder, module, dim, is_vision=True)
-    decoder: Any = model.get_decoder() if model.main_input_name == "input_ids" else None
+    decoder: Any = decoder_of(model) if model.main_input_name == "input_ids" else None
     takes = set() if decoder is None else set(inspect.signature(decoder.forward).parameters)
     if model.config.is_encoder_decoder or not {"inputs_embeds", "attention_mask", "past_key_values"} <= takes:
         raise ValueError(_refusal(model, "it is neither a decoder with attention nor a vision transformer"))
@@ -165,13 +166,16 @@ def _check_decoder(home: Home) -> None:
     decoder: Any = home.inner
     ids = torch.tensor([[0, 1, 0]], device=decoder.device)
     embeds = decoder.get_input_embeddings()(ids)
-    of_ids, of_embeds = (decoder(**inputs)[0] for inputs in ({"input_ids": ids}, {"inputs_embeds": embeds}))
-    other = torch.cat([embeds[:, :2], -embeds[:, 2:]], dim=1)
-    change = (decoder(inputs_embeds=other)[0] - of_embeds)[0].abs().amax(-1)
+    with _refusing(home.model, "it does not run on embeddings"):
+        of_ids, of_embeds = (decoder(**inputs)[0] for inputs in ({"input_ids": ids}, {"inputs_embeds": embeds}))
+        other = torch.cat([embeds[:, :2], -embeds[:, 2:]], dim=1)
+        change = (decoder(inputs_embeds=other)[0] - of_embeds)[0].abs().amax(-1)
     if not torch.allclose(of_ids, of_embeds, rtol=1e-2, atol=1e-3):
         raise ValueError(_refusal(home.model, "embeddings of ids are not all that it makes of ids"))
     if change[0] > _EFFECT * change[2]:
         raise ValueError(_refusal(home.model, "tokens attend to later ones; it is no decoder"))
+    if _tried(home, input_ids=ids).shape != of_ids.shape:
+        raise ValueError(_refusal(home.model, "its first output is not one sequence of hidden states"))
 
 
 def _check_vision(home: Home) -> None:
@@ -179,15 +183,32 @@ def _check_vision(home: Home) -> None:
     before: Any = home.inner(**example_of(home.inner))[0]
     if not isinstance(before, Tensor) or before.ndim != 3:
         raise ValueError(_refusal(home.model, "its first output is not one sequence of hidden states"))
-    install(home, _Trial(home.dim))
-    try:
-        after = home.inner(**example_of(home.inner))[0]
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(_refusal(home.model, f"it does not run with them ({error})")) from error
-    finally:
-        uninstall(home.model)
+    after = _tried(home, **example_of(home.inner))
     if after.shape != before.shape or torch.equal(after, before):
         raise ValueError(_refusal(home.model, "its output does not come from its `embeddings` with more tokens"))
+
+
+def _tried(home: Home, **inputs: Any) -> Any:
+    """The first output with a token on trial.
+
+    Raises:
+        ValueError: there is none.
+    """
+    install(home, _Trial(home.dim))
+    try:
+        with _refusing(home.model, "it does not run with them"):
+            return home.inner(**inputs)[0]
+    finally:
+        uninstall(home.model)
+
+
+@contextmanager
+def _refusing(model: nn.Module, reason: str) -> Iterator[None]:
+    """Makes a refusal of what a model may raise that is not made for it."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, AttributeError, TypeError) as error:
+        raise ValueError(_refusal(model, f"{reason} ({error})")) from error
 
 
 @contextmanager

@@ -34,6 +34,10 @@ class KeyRotation:
         rotary, apply = getattr(decoder, "rotary_emb", None), getattr(modeling, "apply_rotary_pos_emb", None)
         if rotary is None or apply is None:
             raise ValueError(_refusal(decoder, _kind_of_positions(modeling, decoder)))
+        known = getattr(rotary, "rope_type", None)  # by type of layer, where each has an embedding of its own
+        without = sorted(set(layer_types) - known.keys()) if isinstance(known, dict) else []
+        if without:
+            raise ValueError(_refusal(decoder, f"the keys of {', '.join(without)} have no position (NoPE)"))
         self._rotary, self._apply = rotary, apply
         parameters = inspect.signature(apply).parameters
         self._is_of_pairs = "k" in parameters  # (q, k, cos, sin), not (x, cos, sin)

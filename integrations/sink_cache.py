@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, get_layer
 
 from hf_galore.attention.sink_window import SinkWindow
 from hf_galore.checks import check_integer
+from hf_galore.integrations.decoders import decoder_of
 from hf_galore.integrations.rotary import KeyRotation, position_limit
 from hf_galore.integrations.sink_forward import attach
 from hf_galore.integrations.sink_layer import SinkLayer, SinkSteps
@@ -59,7 +60,7 @@ class SinkCache(Cache):
             raise TypeError(f"model={type(model).__name__} is not a model of transformers")
         if model.training:
             raise ValueError("model: it is in training mode; SinkCache is for generation, after model.eval()")
-        self.decoder = model.get_decoder()
+        self.decoder = decoder_of(model)
         config = self.decoder.config
         types, options = get_layer_types_and_kwargs(config)
         capacity = n_sink + window

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, galore_param_groups, replace_linear
 from hf_galore.lowrank_backward import enable
@@ -53,6 +60,21 @@ class Tied(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+class InPlace(nn.Module):
+    """Changes in place what its layers give."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(20, 20), nn.Linear(20, 20, bias=False)
+
+    def forward(self, x):
+        y = self.first(x)
+        y += x
+        y = self.second(y.tanh_())
+        y += x
+        return y
+
+
 class Experts(nn.Module):
     """Layers of which a forward uses those that it is told to."""
 
@@ -89,6 +111,12 @@ def neox():
             attention_dropout=0.0,
         )
     )
+
+
+def falcon():
+    """Its layers are FalconLinear's."""
+    shape = {"hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return FalconForCausalLM(FalconConfig(**LANGUAGE, **shape, hidden_dropout=0.0, attention_dropout=0.0))
 
 
 def gpt2():
@@ -132,9 +160,12 @@ CASES = {
     "linear": Case(Stack, regression),
     "used twice": Case(Twice, regression),
     "tied": Case(Tied, regression),
+    "changed in place": Case(InPlace, regression),
     "gpt-neox": Case(neox, language),
+    "falcon": Case(falcon, language),
     "gpt2": Case(gpt2, language, flipped=True),
     "ternary": Case(lambda: replace_linear(Stack()), regression),
+    "ternary, changed in place": Case(lambda: replace_linear(InPlace()), regression),
     "ternary, normed": Case(lambda: replace_linear(Stack(), use_rms_norm=True), regression),
 }
 STACK = CASES["linear"]

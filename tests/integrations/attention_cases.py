@@ -58,6 +58,11 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", _GROUPED | {"num_local_experts": 4}),
     "qwen3_moe": ("Qwen3MoeConfig", _GROUPED | _EXPERTS | {"head_dim": 8}),
     "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK),
+    "llama4": (
+        "Llama4TextConfig",
+        _GROUPED | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4, "attention_chunk_size": 8},
+    ),
+    "modernbert_decoder": ("ModernBertDecoderConfig", {"local_attention": 8, "cls_token_id": 0, "sep_token_id": 1}),
 }
 # Attention that sdpa has not in transformers: capped scores, and native sinks.
 EAGER_ALONE: dict[str, tuple[str, dict[str, Any]]] = {

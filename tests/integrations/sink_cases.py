@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_galore.integrations.decoders import decoder_of
+
 S, W = 3, 9
 N = S + W
 TOKENS = 5 * N
@@ -70,6 +72,10 @@ ARCHITECTURES = {
     "phi": ("phi", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
     "glm": ("glm", {"head_dim": 16, "pad_token_id": 0}),  # channels in pairs, and partial
     "olmo2": ("olmo2", {}),
+    "modernbert": (  # its head is called `decoder`
+        "modernbert-decoder",
+        {"local_attention": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "gpt_oss": (  # sinks of its own, mixed layers, experts; half as many angles as channels
         "gpt_oss",
         {
@@ -83,6 +89,7 @@ ARCHITECTURES = {
     ),
 }
 NO_SDPA = {"gpt_oss"}
+BY_TYPE = {"gemma3", "modernbert"}  # a rotary embedding for each type of layer
 PARTIAL = {"phi"}  # where the modeling file divides the channels before it rotates some
 
 
@@ -159,7 +166,7 @@ class LiteralLayer(CacheLayerMixin):
 @torch.no_grad()
 def literal_logits(name: str, model, ids: torch.Tensor, n_sink: int = S, window: int = W) -> torch.Tensor:
     """Logits (1, tokens, vocab) of one row, token by token. Native sliding layers keep their own window, no sinks."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     modeling = sys.modules[type(decoder).__module__]
     apply = modeling.apply_rotary_pos_emb
     types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * decoder.config.num_hidden_layers
@@ -169,7 +176,7 @@ def literal_logits(name: str, model, ids: torch.Tensor, n_sink: int = S, window:
     def rope(keys, kind):
         count = keys.shape[2]
         places = torch.arange(position + 1 - count, position + 1)[None]
-        extra = [kind] if name == "gemma3" else []
+        extra = [kind] if name in BY_TYPE else []
         cos, sin = decoder.rotary_emb(keys, places, *extra)
         part = cos.shape[-1] if name in PARTIAL else keys.shape[-1]
         turned = apply(keys[..., :part], keys[..., :part], cos, sin)[1]

@@ -10,6 +10,7 @@ from transformers import AutoModel, CompileConfig, DynamicCache, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_galore
+from hf_galore.integrations.decoders import decoder_of
 from hf_galore.integrations.register_decoder import CHILD
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # every rounding in float64, through two layers of weights of the order of one
@@ -30,7 +31,7 @@ def with_tokens(name, n=N, dtype=torch.float64, **changes):
 
 def own(model):
     """The tokens' embeddings, (n, d)."""
-    child = getattr(model.get_decoder(), CHILD)
+    child = getattr(decoder_of(model), CHILD)
     return child.tokens.view(child.n_tokens, -1)
 
 
@@ -39,7 +40,7 @@ def by_hand(name, model, ids, **options):
     plain = plain_model(name, model.dtype)
     plain.set_attn_implementation(model.config._attn_implementation)
     tokens = own(model).detach().expand(len(ids), -1, -1)
-    embeds = torch.cat([tokens, plain.get_decoder().get_input_embeddings()(ids)], dim=1)
+    embeds = torch.cat([tokens, plain.get_input_embeddings()(ids)], dim=1)
     with torch.no_grad():
         return plain(inputs_embeds=embeds, **options)
 
@@ -55,7 +56,7 @@ def test_computes_the_model_on_embeddings_put_together_by_hand(name, n):
     expected = by_hand(name, model, ids).logits[:, n:]
     with torch.no_grad():
         found = model(input_ids=ids, labels=ids)
-        embeds = model.get_decoder().get_input_embeddings()(ids)
+        embeds = model.get_input_embeddings()(ids)
         of_embeds = model(inputs_embeds=embeds).logits
     assert found.logits.shape[1] == LENGTH
     for logits in (found.logits, of_embeds):

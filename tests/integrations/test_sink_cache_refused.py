@@ -30,6 +30,10 @@ POSITIONS = {
         {**_LLAMA_LIKE, "num_key_value_heads": 2, "no_rope_layers": [1, 0], "pad_token_id": 0, "bos_token_id": 1},
         "SmolLM3Model .* the keys of layer 1 have no position .NoPE.",
     ),
+    "beam": (
+        {**_LLAMA_LIKE, "num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"]},
+        "BeamModel .* the keys of full_attention have no position .NoPE.",
+    ),
     "gptj": ({"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, "GPTJModel .* no `rotary_emb`"),
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, "layers of mamba are"),
 }
