@@ -9,11 +9,14 @@ arXiv 2407.08296, whose blocks have 256 values). What is read is what projects t
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from hf_galore import native
 
 State = dict[str, Any]
 
@@ -74,13 +77,27 @@ class Integer:
         return {"basis": (low & 15) | (high << 4), "basis_scale": scale}
 
     def decode(self, state: State) -> Tensor:
-        codes: Tensor = state["basis"]
-        if self.bits == 4:
-            both = torch.cat((codes << 4, codes & 240), dim=-2)[..., : self.rows, :]
-            codes = both.view(torch.int8) >> 4  # the sign bit goes along
-        values = codes.to(self.work).reshape(-1)
-        scale = state["basis_scale"].to(self.work).repeat_interleave(_BLOCK)[: len(values)]
-        return (values * scale).view(codes.shape)
+        codes, scale = state["basis"], state["basis_scale"]
+        *batch, _, rank = codes.shape
+        decode = _decode_basis if self.work == torch.float32 else partial(_decoded, work=self.work)
+        values: Tensor = decode(codes.reshape(-1, *codes.shape[-2:]), scale, self.bits, self.rows)
+        return values.view(*batch, self.rows, rank)
+
+
+def _decoded(codes: Tensor, scale: Tensor, bits: int, rows: int, work: torch.dtype = torch.float32) -> Tensor:
+    """The bases (E, rows, r) of codes (E, rows, r), or of two 4-bit codes to a byte (E, ⌈rows/2⌉, r)."""
+    if bits == 4:
+        both = torch.cat((codes << 4, codes & 240), dim=-2)[:, :rows]
+        codes = both.view(torch.int8) >> 4  # the sign bit goes along
+    values = codes.to(work).reshape(-1)
+    return (values * scale.to(work).repeat_interleave(_BLOCK)[: len(values)]).view(codes.shape)
+
+
+_decode_basis = native.define(
+    "decode_basis(Tensor codes, Tensor scale, int bits, int rows) -> Tensor",
+    _decoded,
+    lambda codes, scale, bits, rows: scale.new_empty((codes.shape[0], rows, codes.shape[2])),
+)
 
 
 def basis_format(

@@ -22,6 +22,7 @@ from torch.library import opcheck
 from torch.nn import Parameter
 
 from hf_galore import GaLoreAdamW, GaLoreAdamW8bit, native, ops
+from hf_galore.basis_store import Integer
 from hf_galore.optim import adamw_ops, blockwise
 from hf_galore.rounding import RoundingKey, key_numbers, random_bits, round_stochastic
 from hf_galore.sides import Left, Right
@@ -119,6 +120,22 @@ def test_add_of_whole_numbers_is_the_reference(m, n, key, delta, seed):
     assert_equal(
         both(lambda weight: ops.add_(weight, change, alpha=0.5, beta=0.5, key=key), whole_numbers(m, n).bfloat16())
     )
+
+
+@needs_library
+@given(
+    batch=st.integers(1, 3),
+    k=st.integers(1, 70),
+    r=sizes.filter(bool),
+    bits=st.sampled_from([4, 8]),
+    seed=st.integers(0, 99),
+)
+@numerics
+def test_decode_basis_is_the_reference(batch, k, r, bits, seed):
+    torch.manual_seed(seed)
+    kept = Integer(bits, k, torch.float32)
+    coded = kept.encode(torch.randn(batch, k, r))
+    assert_equal(both(lambda found: found.copy_(kept.decode(coded)), torch.zeros(batch, k, r)))
 
 
 @needs_library
@@ -401,6 +418,9 @@ def op_cases():
     )
     yield OPS.add_lowrank_, (weight, torch.randn(6, 3), torch.randn(3, 10), 0.5, 0.9, numbers, 0)
     yield OPS.matmul, (torch.randn(6, 10).bfloat16(), torch.randn(10, 3))
+    codes = torch.randint(-7, 8, (2, 5, 30), dtype=torch.int8)
+    yield OPS.decode_basis, (codes, torch.rand(3), 8, 5)
+    yield OPS.decode_basis, (codes.view(torch.uint8), torch.rand(5), 4, 9)
     full, low, basis = adamw_state((6, 10), torch.bfloat16), adamw_state((6, 3), torch.uint8), torch.randn(10, 3)
     yield OPS.adamw_, (weight, torch.randn(6, 10), *adamw_ops._kept(full, 10), *rule, 0.9, numbers, 0)
     given = (weight, torch.randn(6, 3), *adamw_ops._kept(low, 3), basis, True, *rule, 0.25, 0.9, numbers, 0, 0)

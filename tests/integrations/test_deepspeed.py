@@ -295,14 +295,6 @@ def skipped(folder: Path) -> dict:
     return {"skipped": trainer.deepspeed.skipped_steps, "steps": steps, "finite": finite}
 
 
-def launched(folder: Path) -> None:
-    """What a script does that knows nothing of engines: `accelerate launch` has chosen one."""
-    trainer = Run("galore_adamw", folder).train(
-        llama(), per_device_train_batch_size=2, max_steps=STEPS, weight_decay=0.1
-    )
-    torch.save(result(trainer), folder / f"launched{dist.get_rank()}.pt")
-
-
 def accelerated(engine: str, folder: Path) -> dict:
     """The weights after `loop` under an Accelerator; in ZeRO-3 the model is partitioned as it is loaded."""
     AcceleratorState._reset_state()
@@ -323,11 +315,8 @@ def refusal_of_matrices() -> str:
     return str(caught.value)
 
 
-def main(output: Path, is_launched: bool) -> None:
+def main(output: Path) -> None:
     gc.freeze()  # as _quick_collections of conftest.py
-    if is_launched:
-        launched(output)
-        return
     PartialState(backend="gloo")
     hf_galore.register()
     if dist.get_world_size() == RANKS:
@@ -568,18 +557,6 @@ def test_the_configuration_of_accelerate_says_what_its_name_says(engine):
     assert set(CONFIGURATIONS.glob("zero*.yaml")) == {CONFIGURATIONS / f"{name}.yaml" for name in ZERO}
 
 
-def test_accelerate_launch(folder, single):
-    """A script that knows nothing of DeepSpeed nor of hf_galore, with the largest of the configurations."""
-    launch = ("-m", "accelerate.commands.launch", "--main_process_port", "0")
-    file = ("--config_file", str(CONFIGURATIONS / "zero3_offload.yaml"))
-    python(*launch, *file, "-m", "hf_galore", "run", __file__, str(folder), "launched")
-    found = torch.load(folder / "launched0.pt", weights_only=True)
-    expected, losses = single("galore_adamw_layerwise")
-    assert (found["stage"], found["inner"]) == (3, "DeepSpeedCPUAdam")
-    assert_close(found["weights"], expected)
-    assert found["losses"] == pytest.approx(losses, rel=1e-6)
-
-
 def test_register_does_not_need_deepspeed():
     python("-c", "import sys; sys.modules['deepspeed'] = None; import hf_galore; hf_galore.register()")
 
@@ -594,6 +571,6 @@ def test_one_line_of_the_log_says_what_was_chosen(folder, ranks):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), is_launched="launched" in sys.argv)
+    main(Path(sys.argv[1]))
     dist.barrier()  # gloo may abort a process that ends while another still talks to it
     dist.destroy_process_group()

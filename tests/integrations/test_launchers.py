@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ CONFIGS = {path.stem: path for path in sorted((ROOT / "examples" / "accelerate")
 OPTIMS = ("galore_adamw", "galore_adamw_8bit", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
 ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"} | {name: "DEEPSPEED" for name in CONFIGS if name.startswith("zero")}
 OPTIONS = [
-    "--optims",
-    *OPTIMS,
     "--optim_target_modules=all-linear",
     "--optim_args=rank=8, update_proj_gap=2, scale=1.0, proj_type=right, moments=keep",
     "--learning_rate=1e-3",
@@ -36,12 +35,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-def launch(command: list[Any], model: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """What the script found that trained the model, started by the command."""
+def launch(command: list[Any], model: Path, folder: Path, optims: Sequence[str] = OPTIMS) -> dict[str, dict[str, Any]]:
+    """What the script found that trained the model with each optimizer, started by the command."""
     result = folder / "result.json"
     env = {**os.environ, **ENVIRONMENT}
     env["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), env.get("PYTHONPATH", "")])
-    options = [*OPTIONS, f"--model={model}", f"--output_dir={folder}", f"--result={result}"]
+    options = ["--optims", *optims, *OPTIONS, f"--model={model}", f"--output_dir={folder}", f"--result={result}"]
     process = subprocess.run([*map(str, command), *options], env=env, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-6000:]
     return json.loads(result.read_text())
@@ -67,7 +66,7 @@ def assert_like(found: dict[str, dict[str, Any]], alone: dict[str, dict[str, Any
     Losses of 4.8 and the rounding of steps of 1e-3: 1e-5, norms of the gradients of these losses: 1e-4. The 8-bit
     states of an engine may have other blocks: ten times that.
     """
-    assert found.keys() == alone.keys()
+    assert found
     for optim, one in found.items():
         expected = alone[f"{optim.removesuffix('_layerwise')}_layerwise" if zero else optim]
         more = 10.0 if "8bit" in optim else 1.0
@@ -86,13 +85,14 @@ def test_alone_it_trains(alone):
 def test_accelerate_launch(config, model, alone, tmp_path):
     """Both ranks, the engine of the configuration, and the training of a single process."""
     command = [*LAUNCH, "--config_file", CONFIGS[config], "--mixed_precision=no", *RUN, SCRIPT]
-    found = launch(command, model, tmp_path)
+    zero = config.startswith("zero")  # where the other names are the same training
+    found = launch(command, model, tmp_path, OPTIMS[:2] if zero else OPTIMS)
     assert {one["engine"] for one in found.values()} == {ENGINES[config]}
-    assert_like(found, alone, zero=config.startswith("zero"))
+    assert_like(found, alone, zero)
 
 
 def test_torchrun(model, alone, tmp_path):
-    assert_like(launch([*TORCHRUN, *RUN, SCRIPT], model, tmp_path), alone)
+    assert_like(launch([*TORCHRUN, *RUN, SCRIPT], model, tmp_path, OPTIMS[::2]), alone)
 
 
 def test_a_script_that_registers_itself(model, alone, tmp_path):
@@ -100,4 +100,4 @@ def test_a_script_that_registers_itself(model, alone, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(f"import hf_galore\nhf_galore.register()\n{SCRIPT.read_text()}")
     command = [*LAUNCH, "--config_file", CONFIGS["ddp"], "--mixed_precision=no", script]
-    assert_like(launch(command, model, tmp_path), alone)
+    assert_like(launch(command, model, tmp_path, OPTIMS[::2]), alone)

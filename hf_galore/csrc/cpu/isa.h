@@ -1,6 +1,7 @@
 // The kernels of one instruction set, HF_GALORE_ISA: what generic.cpp, avx2.cpp and avx512.cpp compile, each for its own.
 #pragma once
 
+#include "codes.h"
 #include "gemm.h"
 #include "moments.h"
 
@@ -10,4 +11,5 @@
                             HF_GALORE_ISA::left_scratch, HF_GALORE_ISA::add_lowrank,              \
                             HF_GALORE_ISA::add,         HF_GALORE_ISA::adamw,                     \
                             HF_GALORE_ISA::matmul_rows, HF_GALORE_ISA::widen,                     \
-                            HF_GALORE_ISA::right_scratch, HF_GALORE_ISA::matmul_cols}
+                            HF_GALORE_ISA::right_scratch, HF_GALORE_ISA::matmul_cols,               \
+                            HF_GALORE_ISA::decode}

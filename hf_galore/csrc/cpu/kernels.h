@@ -73,6 +73,13 @@ struct AdamW {
   float size;  // lr * sqrt(1 - beta2^t) / (1 - beta1^t)
 };
 
+// Bases (matrices, rows, cols) as codes of 8 bits, or of 4: those of the rows i and i + (rows + 1) / 2 share a byte.
+struct CodedBasis {
+  const uint8_t* codes;
+  const float* scales;
+  int64_t bits, rows, cols;
+};
+
 struct Kernels {
   const char* name;
   int64_t tile_rows, tile_cols;
@@ -99,6 +106,8 @@ struct Kernels {
   int64_t (*right_scratch)();
   void (*matmul_cols)(const float* left, const Matrix& right, const Matrix& product, int64_t first_panel,
                       int64_t last_panel, float* scratch);
+
+  void (*decode)(const CodedBasis& basis, int64_t first_row, int64_t last_row, float* to);
 };
 
 extern const Kernels generic_kernels;

@@ -1,4 +1,4 @@
-// The CPU kernels of the ops that hf_galore/ops.py and hf_galore/optim/adamw_ops.py define, through torch's stable ABI.
+// The CPU kernels of the ops that hf_galore/ops.py, basis_store.py and optim/adamw_ops.py define, through torch's stable ABI.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -112,6 +112,25 @@ Tensor matmul(Tensor left, Tensor right) {
     kernels().matmul_cols(widened.floats(), b, c, first, last, scratch.floats() + worker * each);
   });
   return product;
+}
+
+Tensor decode_basis(Tensor codes, Tensor scale, int64_t bits, int64_t rows) {
+  STD_TORCH_CHECK(bits == 4 || bits == 8, "bits must be 4 or 8");
+  const int64_t stored = bits == 4 ? (rows + 1) / 2 : rows;
+  STD_TORCH_CHECK(codes.dim() == 3 && codes.size(1) == stored && codes.is_contiguous(), "codes must be (matrices, ", stored,
+                  ", cols), contiguous");
+  STD_TORCH_CHECK(codes.scalar_type() == (bits == 4 ? ScalarType::Byte : ScalarType::Char), "codes of 4 bits are uint8, of 8 "
+                  "bits int8");
+  const int64_t count = codes.size(0) * rows, cols = codes.size(2);
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() &&
+                  scale.numel() == (count * cols + 127) / 128, "one float32 scale for each block of 128");
+  Tensor values = torch::stable::empty({codes.size(0), rows, cols}, ScalarType::Float);
+  const CodedBasis basis{static_cast<const uint8_t*>(codes.data_ptr()), static_cast<const float*>(scale.data_ptr()), bits,
+                         rows, cols};
+  divide(workers_for(count, cols), count, 1, [&](int64_t, int64_t first, int64_t last) {
+    kernels().decode(basis, first, last, static_cast<float*>(values.data_ptr()));
+  });
+  return values;
 }
 
 // AdamW's rule on one parameter: its gradient (rows, cols) and its moments, wherever the update goes.
@@ -277,6 +296,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_galore, CPU, library) {
   library.impl("round_into_", TORCH_BOX(&round_into_));
   library.impl("add_lowrank_", TORCH_BOX(&add_lowrank_));
   library.impl("matmul", TORCH_BOX(&matmul));
+  library.impl("decode_basis", TORCH_BOX(&decode_basis));
   library.impl("adamw_", TORCH_BOX(&adamw_));
   library.impl("lowrank_adamw_", TORCH_BOX(&lowrank_adamw_));
 }
