@@ -46,7 +46,6 @@ class Study(NamedTuple):
     gap: int
     batch: int  # blocks in a step
     methods: Sequence[str]
-    tuned_in: str = ""  # the study whose grids do where this one has none
 
 
 class Run(NamedTuple):

@@ -9,10 +9,9 @@
 A small Llama is trained from random weights. Every method has two rates: `lr_matrices` is that of the matrices of
 attention and MLP (GaLore's lr·scale; that of the adapters in LoRA), `lr_rest` that of embeddings and norms, which
 train in all methods. --grid tries rates with seed 0; without it each method runs with its best ones, or, where it has
-no grid of its own, with those of the method that it is tuned like. The study `final`, a model of 10 M parameters,
-takes the rates that are best in `wide`, of 4 M, after as many steps of half as many tokens. Every finished run adds a
-line to the CSV; runs that are in it already are skipped. --lr_matrices and --lr_rest take a part of the grid or extend
-it.
+no grid of its own, with those of the method that it is tuned like. The study `wide` has all variants, on 4 M
+parameters; `final` a few, on 10 M and half as many tokens, with grids of its own. Every finished run adds a line to
+the CSV; runs that are in it already are skipped. --lr_matrices and --lr_rest take a part of the grid or extend it.
 """
 
 import argparse
@@ -112,7 +111,7 @@ WIDE = [name for name in METHODS if name not in ("LoRA", "ReLoRA")]
 FINAL = ["AdamW", "svd + keep (the paper)", "randomized + rotate", "streaming + rotate", "LoRA", "ReLoRA"]
 STUDIES = {
     "wide": Study(llama(256, 704, 4, 4, 4096), steps=500, rank=64, gap=50, batch=4, methods=WIDE),
-    "final": Study(llama(320, 864, 5, 6, 8192), steps=500, rank=80, gap=50, batch=2, methods=FINAL, tuned_in="wide"),
+    "final": Study(llama(320, 864, 5, 6, 8192), steps=500, rank=80, gap=50, batch=2, methods=FINAL),
 }
 
 
@@ -155,11 +154,9 @@ def grid(options: argparse.Namespace) -> dict[Run, str]:
     }
 
 
-def at_best_rates(
-    options: argparse.Namespace, lines: list[dict[str, str]], elsewhere: list[dict[str, str]]
-) -> dict[Run, str]:
+def at_best_rates(options: argparse.Namespace, lines: list[dict[str, str]]) -> dict[Run, str]:
     """The runs of all seeds at the best rates, with the method whose grid these are from."""
-    found = {name: best(lines, name) or best(elsewhere, name) for name in options.methods}
+    found = {name: best(lines, name) for name in options.methods}
     untuned = dict.fromkeys(METHODS[name].tuned_like or name for name, rates in found.items() if rates is None)
     if untuned:
         first = shlex.join(["--study", options.study, "--grid", "--methods", *untuned])
@@ -168,8 +165,7 @@ def at_best_rates(
         )
     for run, whose in found.values():
         rates = f"lr_matrices {run.lr_matrices:g}, lr_rest {run.lr_rest:g}"
-        tried = lines if best(lines, run.method) else elsewhere
-        print(f"{run.method}: {rates}, from the grid of {whose}{edges(tried, run, whose)}")
+        print(f"{run.method}: {rates}, from the grid of {whose}{edges(lines, run, whose)}")
     return {run._replace(seed=seed): whose for seed in options.seeds for run, whose in found.values()}
 
 
@@ -232,11 +228,11 @@ def append(options: argparse.Namespace, study: Study, run: Run, rates_from: str,
     result_file.append(options.results, row)
 
 
-def table(lines: list[dict[str, str]], elsewhere: list[dict[str, str]], methods: Sequence[str]) -> str:
+def table(lines: list[dict[str, str]], methods: Sequence[str]) -> str:
     """The methods at their best rates in Markdown, over all seeds, the best first."""
     found = {}
     for name in methods:
-        chosen, _ = best(lines, name) or best(elsewhere, name) or (None, "")
+        chosen, _ = best(lines, name) or (None, "")
         same = [line for line in lines if chosen and run_of(line)._replace(seed=0) == chosen]
         if same:
             found[name] = same
@@ -288,11 +284,10 @@ def main() -> None:
     study = STUDIES[options.study]
     study = study._replace(steps=options.steps or study.steps)
     lines = read(options, options.study, study.steps)
-    elsewhere = read(options, study.tuned_in, STUDIES[study.tuned_in].steps) if study.tuned_in else []
     if options.table:
-        print(table(lines, elsewhere, options.methods))
+        print(table(lines, options.methods))
         return
-    wanted = grid(options) if options.grid else at_best_rates(options, lines, elsewhere)
+    wanted = grid(options) if options.grid else at_best_rates(options, lines)
     done = set(map(run_of, lines))
     runs = {run: rates_from for run, rates_from in wanted.items() if run not in done}
     print(f"{len(runs)} runs to do, {len(wanted) - len(runs)} in {options.results}", flush=True)

@@ -102,17 +102,6 @@ def test_table(call, finished, capsys):
     assert (adamw[4], adamw[5]) == ("2", "+0.0 %")
 
 
-def test_a_study_without_grids_takes_the_rates_of_another(call, finished, folder, monkeypatch):
-    """Lines of its own, at the rates of the other; the grid of `streaming + rotate` is that of the other's."""
-    monkeypatch.setitem(script.STUDIES, "larger", TINY._replace(tuned_in="tiny"))
-    assert call("--study", "larger", "--methods", "AdamW", "streaming + rotate", "--seeds", "3") == 2
-    lines = {line["method"]: line for line in result_file.read(folder / "runs.csv") if line["study"] == "larger"}
-    for name in ("AdamW", "streaming + rotate"):
-        (other,) = (line for line in finished if (line["method"], line["seed"]) == (name, "1"))
-        for column in ("lr_matrices", "lr_rest", "rates_from"):
-            assert lines[name][column] == other[column]
-
-
 def test_a_failure_loses_no_other_run(call, finished, folder, capsys):
     def measure(study, method, run, *rest):
         if run.method == "AdamW":
