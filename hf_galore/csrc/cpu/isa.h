@@ -11,5 +11,5 @@
                             HF_GALORE_ISA::left_scratch, HF_GALORE_ISA::add_lowrank,              \
                             HF_GALORE_ISA::add,         HF_GALORE_ISA::adamw,                     \
                             HF_GALORE_ISA::matmul_rows, HF_GALORE_ISA::widen,                     \
-                            HF_GALORE_ISA::right_scratch, HF_GALORE_ISA::matmul_cols,               \
+                            HF_GALORE_ISA::right_scratch, HF_GALORE_ISA::matmul_cols,             \
                             HF_GALORE_ISA::decode}
