@@ -5,6 +5,7 @@ device, and torch's global generator is left alone.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,13 @@ class RoundingKey(NamedTuple):
 
 
 def key_numbers(key: RoundingKey | None) -> list[int] | None:
-    """The key as an op takes it: signed 64-bit integers, which make the same bits."""
-    return None if key is None else [((number & _MASK64) ^ (1 << 63)) - (1 << 63) for number in key]
+    """The key as an op takes it."""
+    return None if key is None else signed_words(key)
+
+
+def signed_words(numbers: Iterable[int]) -> list[int]:
+    """Numbers of a key as signed 64-bit integers, which make the same bits."""
+    return [((number & _MASK64) ^ (1 << 63)) - (1 << 63) for number in numbers]
 
 
 def mix64(*numbers: int) -> int:

@@ -161,6 +161,23 @@ def adamw_state(shape, kept, by_rows=False):
     return state
 
 
+def lowrank_step(weight, grad, state, basis, side, rule, *, key=None, decay=0.98, parameter=0):
+    """A call of lowrank_adamw_ for one matrix; `basis` is a tensor, or what an `Integer` has made of one, with it."""
+    coded, kept = basis if isinstance(basis, tuple) else ({"basis": basis}, None)
+    call = adamw_ops.LowRankStep(
+        rule,
+        scale=0.25,
+        decay=decay,
+        right=isinstance(side, Right),
+        basis_bits=0 if kept is None else kept.bits,
+        key=key and (key.seed, key.step),
+        dtype=weight.dtype,
+        kept=state["exp_avg"].dtype,
+        device=weight.device,
+    )
+    call([adamw_ops.OneMatrix(weight, grad, state, coded["basis"], coded.get("basis_scale"), parameter, 0, 0)])
+
+
 kept_dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.uint8])
 
 
@@ -262,38 +279,34 @@ def test_error_of_matmul(m, n, r, layout, narrow, seed):
 )
 @numerics
 def test_error_of_lowrank_adamw(m, n, right, kept, r, seed):
-    """Three steps. With 8-bit or bfloat16 moments the exact step starts from what is kept, in float64."""
+    """Three steps. With 8-bit or bfloat16 moments the exact step starts from what is kept, in float64.
+
+    G and the basis are whole numbers, of which R is exact: what is near zero in R would make N anything otherwise.
+    """
     if not m * n:
         return
     torch.manual_seed(seed)
     side = Right() if right else Left()
-    basis, weight = torch.randn(n if right else m, r) / math.sqrt(r), torch.randn(m, n)
+    basis, weight = whole_numbers(n if right else m, r) / 64, torch.randn(m, n)
     state = adamw_state((m, r) if right else (r, n), kept)
     for steps in range(1, 4):
         rule = adamw_ops.Rule(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-3, steps=float(steps))
-        grad = torch.randn_like(state["exp_avg"], dtype=torch.float32)
+        whole = whole_numbers(m, n)
+        grad = side.project(whole.double(), basis.double())
         first, second = (
             blockwise.dequantize(state[name], state[f"{name}_absmax"], name == "exp_avg") if kept == torch.uint8
             else state[name]
             for name in ("exp_avg", "exp_avg_sq")
         )  # fmt: skip
-        first = 0.9 * first.double() + 0.1 * grad.double()
-        second = 0.99 * second.double() + 0.01 * grad.double().square()
+        first = 0.9 * first.double() + 0.1 * grad
+        second = 0.99 * second.double() + 0.01 * grad.square()
         size = 0.1 * math.sqrt(1 - 0.99**steps) / (1 - 0.9**steps)
         update = size * first / (second.sqrt() + 1e-3)
         one, other = side.factors(update, basis.double())
         exact = 0.98 * weight.double() - 0.25 * (one @ other)
 
-        def step(target, *tensors, state=state, grad=grad, rule=rule):
-            kept_here = dict(zip(state, tensors, strict=True))
-            adamw_ops.lowrank_adamw_(
-                *(target, grad, kept_here, basis, side, rule),
-                scale=0.25,
-                decay=0.98,
-                key=None,
-                first_row=0,
-                first_moment_row=0,
-            )
+        def step(target, *tensors, state=state, grad=whole, rule=rule):
+            lowrank_step(target, grad, dict(zip(state, tensors, strict=True)), basis, side, rule)
 
         found, plain = both(step, weight, *state.values())
         check(found[0], plain[0], exact, weight.abs() + 0.25 * (one.abs() @ other.abs()))
@@ -301,6 +314,106 @@ def test_error_of_lowrank_adamw(m, n, right, kept, r, seed):
             check(found[1], plain[1], first, first.abs())
             check(found[2], plain[2], second, second.abs())
         weight, state = found[0], dict(zip(state, found[1:], strict=True))
+
+
+# Several matrices, coded bases, and products in bfloat16.
+
+
+@needs_library
+@given(
+    m=st.integers(1, 70),
+    n=st.integers(1, 70),
+    r=st.sampled_from([1, 5, 16, 40]),
+    right=st.booleans(),
+    kept=kept_dtypes,
+    bits=st.sampled_from([None, 4, 8]),
+    narrow=st.booleans(),
+    key=keys,
+    seed=st.integers(0, 99),
+)
+@numerics
+def test_first_step_of_whole_numbers_is_the_reference(m, n, r, right, kept, bits, narrow, key, seed):
+    """R is exact, and with β1 = β2 = ½, eps = 0 and V = R²/2 so is N = ±1 up to a constant, and back(N): to the bit.
+
+    A basis of codes has scales that are powers of two.
+    """
+    torch.manual_seed(seed)
+    side, dtype = Right() if right else Left(), torch.bfloat16 if narrow else torch.float32
+    rows = n if right else m
+    basis = whole_numbers(rows, r, limit=7) / 64
+    if bits is not None:
+        format = Integer(bits, rows, torch.float32)
+        coded = format.encode(basis)
+        coded["basis_scale"] = torch.full_like(coded["basis_scale"], 1 / 64)
+        basis = (coded, format)
+    grad = (whole_numbers(m, n) * 2 + 1).to(dtype)
+    rule = adamw_ops.Rule(lr=0.5, beta1=0.5, beta2=0.5, eps=1e-6, steps=1.0)
+    before = adamw_state((m, r) if right else (r, n), kept)
+
+    def step(target, *tensors):
+        state = dict(zip(before, tensors, strict=True))
+        lowrank_step(target, grad, state, basis, side, rule, key=key, parameter=7)
+
+    found, plain = both(step, whole_numbers(m, n).to(dtype), *before.values())
+    assert_equal((found[1:], plain[1:]))
+    # Of the weights the signs of N times the basis are added up, in float32; rounding may tip one gap of bfloat16.
+    torch.testing.assert_close(found[0], plain[0], rtol=2**-7 if narrow else 1e-5, atol=1e-5, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("proj_type", ["right", "left"])
+def test_a_step_in_bfloat16_is_the_reference(monkeypatch, proj_type):
+    """Where the processor multiplies bfloat16: its products are torch's in the op as in the reference."""
+    monkeypatch.setattr(ops, "_CPU_MULTIPLIES_BFLOAT16", True)
+    results = []
+    for references in (False, True):
+        torch.manual_seed(0)
+        weight = Parameter(torch.randn(70, 50).bfloat16())
+        group = {"params": [weight], "rank": 8, "update_proj_gap": 100, "proj_type": proj_type, "basis_dtype": "int8"}
+        optimizer = GaLoreAdamW([group], lr=1e-2, weight_decay=0.1, state_dtype="bfloat16")
+        weight.grad = torch.randn(70, 50).bfloat16()
+        if references:
+            with native.references_only():
+                optimizer.step()
+        else:
+            optimizer.step()
+        results.append([weight.detach(), *(optimizer.state[weight][name] for name in ("exp_avg", "exp_avg_sq"))])
+    (found, *moments), (plain, *expected) = results
+    assert_equal((moments, expected))
+    assert (found != plain).float().mean() < 0.01  # the moments' last bits tip a rounding now and then
+    torch.testing.assert_close(found, plain, rtol=2**-7, atol=1e-4)
+
+
+def test_matrices_together_come_out_as_they_do_alone():
+    """Bit for bit: one call for all that are alike, whatever else is in it."""
+    shapes, grads = [(20, 12), (12, 20), (20, 12), (9, 9), (20, 12)], []
+    torch.manual_seed(0)
+    weights = [torch.randn(shape).bfloat16() for shape in shapes]
+    for _ in range(3):
+        grads.append([torch.randn(shape).bfloat16() for shape in shapes])
+
+    def trained(together):
+        params = [Parameter(weight.clone()) for weight in weights]
+        options = {"rank": 4, "update_proj_gap": 2, "basis_dtype": "int4"}
+        optimizer = GaLoreAdamW([{"params": params, **options}], lr=1e-2, weight_decay=0.1, stochastic_rounding=False)
+        calls = []
+        call = adamw_ops.LowRankStep.__call__
+
+        def one_by_one(self, matrices):
+            calls.append(len(matrices))
+            for part in [matrices] if together else [[matrix] for matrix in matrices]:
+                call(self, part)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(adamw_ops.LowRankStep, "__call__", one_by_one)
+            for step in grads:
+                for param, grad in zip(params, step, strict=True):
+                    param.grad = grad
+                optimizer.step()
+        assert calls == [4, 1] * 3  # matrices on the right, and on the left
+        return [param.detach() for param in params]
+
+    assert_equal((trained(True), trained(False)))
 
 
 # NaN and infinity, and what the bits go with.
@@ -359,17 +472,10 @@ def test_threads_change_no_bit():
         for count in (1, 2, 3):
             torch.manual_seed(0)
             torch.set_num_threads(count)
-            weight, grad = torch.randn(300, 200).bfloat16(), torch.randn(300, 24)
+            weight, grad = torch.randn(300, 200).bfloat16(), torch.randn(300, 200)
             state = adamw_state((300, 24), torch.uint8)
             rule = adamw_ops.Rule(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-6, steps=1.0)
-            adamw_ops.lowrank_adamw_(
-                *(weight, grad, state, torch.randn(200, 24), Right(), rule),
-                scale=0.25,
-                decay=0.98,
-                key=KEY,
-                first_row=0,
-                first_moment_row=0,
-            )
+            lowrank_step(weight, grad.bfloat16(), state, torch.randn(200, 24), Right(), rule, key=KEY)
             results.append([weight, *state.values()])
     finally:
         torch.set_num_threads(threads)
@@ -421,10 +527,16 @@ def op_cases():
     codes = torch.randint(-7, 8, (2, 5, 30), dtype=torch.int8)
     yield OPS.decode_basis, (codes, torch.rand(3), 8, 5)
     yield OPS.decode_basis, (codes.view(torch.uint8), torch.rand(5), 4, 9)
-    full, low, basis = adamw_state((6, 10), torch.bfloat16), adamw_state((6, 3), torch.uint8), torch.randn(10, 3)
+    full, low = adamw_state((6, 10), torch.bfloat16), adamw_state((6, 3), torch.uint8)
     yield OPS.adamw_, (weight, torch.randn(6, 10), *adamw_ops._kept(full, 10), *rule, 0.9, numbers, 0)
-    given = (weight, torch.randn(6, 3), *adamw_ops._kept(low, 3), basis, True, *rule, 0.25, 0.9, numbers, 0, 0)
-    yield OPS.lowrank_adamw_, given
+    lists = [[weight], [torch.randn(6, 10)], *([tensor] for tensor in adamw_ops._kept(low, 3)[:4])]
+    books = adamw_ops._kept(low, 3)[4:]
+    rest = (*rule, 0.25, 0.9, numbers[:2], numbers[2:], [0], [0])
+    yield OPS.lowrank_adamw_, (*lists, *books, [torch.randn(10, 3)], [], 0, True, False, *rest)
+    lists[4:] = [], []
+    lists[2:4] = [[state] for state in adamw_state((3, 10), torch.float32).values()]
+    coded = (torch.randint(0, 255, (3, 3), dtype=torch.uint8), torch.rand(1))
+    yield OPS.lowrank_adamw_, (*lists, None, None, *([one] for one in coded), 4, False, True, *rest)
 
 
 def test_opcheck():

@@ -72,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if native.cpu_kernels() is None:
-        sys.exit(f"there are no native ops to measure: {native.reason_for_none()}")
+        sys.exit(f"there are no native ops to measure: {native.reasons_for_none()['cpu']}")
     rows = result_file.read(options.results)
     done = {(row["shape"], row["weights"], row["states"], int(row["rank"])) for row in rows}
     for case in cases(options.shapes):

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from hf_galore.checks import check_boolean, check_number
 from hf_galore.optim import adamw_ops
+from hf_galore.optim.matrix import LowRankMatrix
 from hf_galore.optim.moments import State
-from hf_galore.optim.optimizer import Group, LowRankOptimizer, Step
-from hf_galore.sides import Side
+from hf_galore.optim.optimizer import Group, LowRankOptimizer, Step, Together
+from hf_galore.sides import Left, Right
 
 
 class GaLoreAdamW(LowRankOptimizer):
@@ -96,23 +97,34 @@ class GaLoreAdamW(LowRankOptimizer):
         weight: Tensor,
         grad: Tensor,
         state: State,
-        basis: Tensor,
-        side: Side,
+        matrix: LowRankMatrix,
         step: Step,
         decay: float,
         first_row_of: Callable[[Tensor], int],
+        together: Together,
     ) -> None:
-        if not adamw_ops.covers_lowrank(weight, grad, step.formats, side):
-            super().step_low_rank_(weight, grad, state, basis, side, step, decay, first_row_of)
+        side, group = matrix.side, step.group
+        if weight.dim() > 2 or not isinstance(side, Right | Left) or not adamw_ops.covers(weight, grad, step.formats):
+            super().step_low_rank_(weight, grad, state, matrix, step, decay, first_row_of, together)
             return
-        adamw_ops.lowrank_adamw_(
-            *(weight, grad, state, basis, side, _rule(step.group, step.number, step.lr)),
-            scale=step.group["scale"],
+        basis = matrix.kept_basis(state)
+        call = adamw_ops.LowRankStep(
+            _rule(group, step.number, step.lr),
+            scale=group["scale"],
             decay=decay,
-            key=step.key,
-            first_row=first_row_of(weight),
-            first_moment_row=first_row_of(grad),
+            right=isinstance(side, Right),
+            basis_bits=basis.bits,
+            key=step.key and (step.key.seed, step.key.step),
+            dtype=weight.dtype,
+            kept=state["exp_avg"].dtype,
+            device=weight.device,
         )
+        rows = (first_row_of(weight), first_row_of(state["exp_avg"]))
+        one = adamw_ops.OneMatrix(weight, grad, state, basis.values, basis.scale, step.parameter, *rows)
+        if basis.made_again:  # several would be in memory at a time
+            call([one])
+        else:
+            together.setdefault(call, []).append(one)
 
 
 def _rule(group: Group, step: int, lr: float) -> adamw_ops.Rule:

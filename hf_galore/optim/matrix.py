@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_galore.bases import random
-from hf_galore.basis_store import BasisFormat, State, basis_format
+from hf_galore.basis_store import BASIS_DTYPES, BasisFormat, State, basis_format
 from hf_galore.shards import is_sharded, local, spread
 from hf_galore.sides import Side, rank_of, resolve_side
 from hf_galore.subspace import refresh
@@ -22,6 +22,33 @@ def working_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+class KeptBasis(NamedTuple):
+    """A basis of floats, or codes with their scales and `bits`; `made_again` from a seed, in memory of its own."""
+
+    values: Tensor
+    scale: Tensor | None = None
+    bits: int = 0
+    made_again: bool = False
+
+
+class _Layout(NamedTuple):
+    """What follows from a parameter's shape and its group."""
+
+    side: Side
+    rank: int
+    low_rank_shape: torch.Size
+    basis_rows: int
+
+
+@lru_cache(maxsize=1024)
+def _layout(shape: torch.Size, proj_type: str, rank: int, equal_state: bool) -> _Layout:
+    side = resolve_side(proj_type, shape)
+    own = rank_of(rank, shape, side, equal_state)
+    *batch, rows, cols = shape
+    low_rank = torch.Size((*batch, *side.low_rank(rows, cols, own)))
+    return _Layout(side, own, low_rank, sum(side.sizes(rows, cols)))
+
+
 @dataclass(frozen=True)
 class LowRankMatrix:
     """One parameter (..., m, n) of a group with `rank`."""
@@ -29,13 +56,18 @@ class LowRankMatrix:
     param: Tensor
     group: Mapping[str, Any]
 
-    @cached_property
-    def side(self) -> Side:
-        return resolve_side(self.group["proj_type"], self.param.shape)
+    @property
+    def _layout(self) -> "_Layout":
+        group = self.group
+        return _layout(self.param.shape, group["proj_type"], group["rank"], group["equal_state"])
 
-    @cached_property
+    @property
+    def side(self) -> Side:
+        return self._layout.side
+
+    @property
     def rank(self) -> int:
-        return rank_of(self.group["rank"], self.param.shape, self.side, self.group["equal_state"])
+        return self._layout.rank
 
     @property
     def spread(self) -> bool:
@@ -50,12 +82,11 @@ class LowRankMatrix:
     @property
     def low_rank_shape(self) -> torch.Size:
         """Of R, and of Adam's moments."""
-        *batch, rows, cols = self.param.shape
-        return torch.Size((*batch, *self.side.low_rank(rows, cols, self.rank)))
+        return self._layout.low_rank_shape
 
     @property
     def basis_rows(self) -> int:
-        return sum(self.side.sizes(*self.param.shape[-2:]))
+        return self._layout.basis_rows
 
     @property
     def _format(self) -> BasisFormat:
@@ -70,6 +101,16 @@ class LowRankMatrix:
         if "basis" not in state:
             return None
         return self._format.decode({name: local(state[name]) for name in _BASIS if name in state})
+
+    def kept_basis(self, state: State) -> "KeptBasis":
+        """The basis in force, as integers where it is kept so."""
+        if "basis_seed" in state:
+            made = self.basis(state)
+            assert made is not None
+            return KeptBasis(made, made_again=True)
+        bits = BASIS_DTYPES[self.group["basis_dtype"]] if "basis_scale" in state else 0
+        assert isinstance(bits, int)
+        return KeptBasis(local(state["basis"]), local(state.get("basis_scale")), bits)
 
     def keep_basis(self, state: State, basis: Tensor, seed: int | None) -> Tensor:
         """Puts a basis into the state; given a seed, one that `random` makes of it, only that. As it will be read."""

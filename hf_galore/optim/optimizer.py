@@ -25,7 +25,7 @@ from hf_galore.optim.refreshing import Group, Member, refresh_bases
 from hf_galore.rounding import RoundingKey, mix64
 from hf_galore.schedule import offset
 from hf_galore.shards import is_sharded, local, rows_of, spread
-from hf_galore.sides import Right, Side, resolve_side
+from hf_galore.sides import Right, resolve_side
 from hf_galore.statistics import Observer
 
 Formats = dict[str, tuple[torch.Size, MomentFormat]]  # shape and format of each moment
@@ -191,8 +191,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         stepping = list(self._stepping())
         self._refresh_seconds += refresh_bases(self, [member for *_, member in stepping if member is not None])
+        together: Together = {}
         for param, group, number, member in stepping:
-            self._step_one(param, group, number, member)
+            self._step_one(param, group, number, member, together)
+        for call, matrices in together.items():
+            call(matrices)
         return loss
 
     def _stepping(self) -> Iterator[tuple[Tensor, Group, int, Member | None]]:
@@ -232,7 +235,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     # The step of one parameter, in the order of the paper.
 
-    def _step_one(self, param: Tensor, group: Group, number: int, member: Member | None) -> None:
+    def _step_one(self, param: Tensor, group: Group, number: int, member: Member | None, together: "Together") -> None:
         """Steps parameter `number` (counted over all groups), which is `member` if it is projected."""
         grad, weight, first_row_of = local(param.grad), local(param), _first_row(param)
         state = self.state[param]
@@ -248,17 +251,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         if weight.numel() == 0:  # all rows are on other ranks
             return
-        basis = None
-        if member is not None:
-            basis = member.matrix.basis(state)
-            assert basis is not None
-            grad = member.matrix.side.project(grad, basis.to(product_dtype(grad.dtype, grad.device)))
         lr = self.rate(group, done + 1, param)
         beta = 1.0 - lr * group["weight_decay"]
         step = Step(group, formats, done + 1 - int(state.get("reset_step", 0)), lr, number, key)
         here = self._here(param)
-        if member is not None and basis is not None:
-            self.step_low_rank_(weight, grad, here, basis, member.matrix.side, step, beta, first_row_of)
+        if member is not None:
+            self.step_low_rank_(weight, grad, here, member.matrix, step, beta, first_row_of, together)
         elif param in self.write_backs:
             delta = torch.zeros(grad.shape, dtype=work, device=param.device)
             self.step_full_(delta, grad, here, step, 1.0, first_row_of(delta))
@@ -284,17 +282,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         weight: Tensor,
         grad: Tensor,
         state: State,
-        basis: Tensor,
-        side: Side,
+        matrix: LowRankMatrix,
         step: "Step",
         decay: float,
         first_row_of: Callable[[Tensor], int],
+        together: "Together",
     ) -> None:
-        """weight ← decay·weight − lr·scale·back(N), given R as `grad`, and the moments in `state`."""
-        work = working_dtype(weight)
-        delta = torch.zeros(grad.shape, dtype=work, device=weight.device)
-        self.step_full_(delta, grad, state, step, 1.0, first_row_of(delta))
-        left, right = side.factors(delta, basis.to(work))
+        """weight ← decay·weight − lr·scale·back(N), and the moments in `state`; or puts it into `together`."""
+        work, basis = working_dtype(weight), matrix.basis(state)
+        assert basis is not None
+        low = matrix.side.project(grad, basis.to(product_dtype(grad.dtype, grad.device)))
+        delta = torch.zeros(low.shape, dtype=work, device=weight.device)
+        self.step_full_(delta, low, state, step, 1.0, first_row_of(delta))
+        left, right = matrix.side.factors(delta, basis.to(work))
         row = first_row_of(weight)
         add_lowrank_(weight, left, right, alpha=step.group["scale"], beta=decay, key=step.key, first_row=row)
 
@@ -351,7 +351,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _here(self, param: Tensor) -> State:
         """The state of a parameter, with this rank's rows of what is spread over ranks."""
-        return {name: local(value) for name, value in self.state[param].items()}
+        state: State = self.state[param]
+        return {name: local(value) for name, value in state.items()} if is_sharded(param) else state
 
     def change_moments(self, param: Tensor, group: Group, change: Callable[[dict[str, Tensor]], None]) -> None:
         """Lets `change` alter the moments of a parameter in place, in working precision, whatever they are kept in."""
@@ -388,6 +389,10 @@ def warn_once(seen: set[str], owner: str, message: str) -> None:
     if kind not in seen:
         seen.add(kind)
         warnings.warn(f"{owner}: {message}. Further cases are not reported", stacklevel=3)
+
+
+# Steps that are put off and taken by one call for all that it goes for, with what it needs of each.
+Together = dict[Callable[[list[Any]], None], list[Any]]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "codes.h"
 #include "kernels.h"
 #include "simd.h"
 #include "../words.h"
@@ -40,6 +41,13 @@ HF_GALORE_INLINE void multiply(const float* left, int64_t left_stride, const flo
   }
 }
 
+// Asks for `count` bytes that are read (or, with `written`, changed) soon: processors do not foresee it where rows take turns.
+template <bool written>
+HF_GALORE_INLINE void prefetch(const void* first, int64_t count) {
+  constexpr int64_t line = 64;
+  for (int64_t at = 0; at < count; at += line) __builtin_prefetch(static_cast<const char*>(first) + at, written);
+}
+
 // `count` panels of TILE_COLS columns from `first_col` on, of `depth` rows, as floats (count, depth, TILE_COLS); columns that
 // are not there are zero. The source is read row by row where its rows are contiguous.
 template <class T>
@@ -49,6 +57,7 @@ void pack_panels(const Matrix& from, int64_t first_row, int64_t depth, int64_t f
   const int64_t whole = from.col_stride == 1 ? cols / TILE_COLS : 0, size = depth * TILE_COLS;
   for (int64_t k = 0; k < depth && whole > 0; ++k) {
     const T* row = source + k * from.row_stride;
+    prefetch<false>(row + 8 * from.row_stride, cols * sizeof(T));
     float* to = packed + k * TILE_COLS;
     for (int64_t panel = 0; panel < whole; ++panel, row += TILE_COLS, to += size) {
       store(to, load_as_float(row));
@@ -63,14 +72,38 @@ void pack_panels(const Matrix& from, int64_t first_row, int64_t depth, int64_t f
   }
 }
 
+// The same of codes.
+void pack_codes(const Matrix& from, int64_t first_row, int64_t depth, int64_t first_col, int64_t count, float* packed) {
+  const int64_t cols = std::min(count * TILE_COLS, from.cols - first_col), size = depth * TILE_COLS;
+  const auto place = [=](int64_t k, int64_t col) { return packed + col / TILE_COLS * size + k * TILE_COLS + col % TILE_COLS; };
+  std::fill(packed + cols / TILE_COLS * size, packed + count * size, 0.0f);
+  if (from.col_stride == 1) {
+    each_run(from, first_row, depth, first_col, cols, [&](int64_t k, int64_t first, int64_t many, const float* values) {
+      for (int64_t i = 0; i < many; ++i) *place(k, first + i) = values[i];
+    });
+  } else {
+    each_run(from, first_col, cols, first_row, depth, [&](int64_t col, int64_t first, int64_t many, const float* values) {
+      for (int64_t i = 0; i < many; ++i) *place(first + i, col) = values[i];
+    });
+  }
+}
+
 HF_GALORE_INLINE void pack(const Matrix& from, int64_t first_row, int64_t depth, int64_t first_panel, int64_t count,
                            float* packed) {
-  const auto panels = from.type == Type::float32 ? pack_panels<float> : pack_panels<uint16_t>;
+  const auto panels = from.type == Type::float32    ? pack_panels<float>
+                      : from.type == Type::bfloat16 ? pack_panels<uint16_t>
+                                                    : pack_codes;
   panels(from, first_row, depth, first_panel * TILE_COLS, count, packed);
 }
 
 void pack_right(const Matrix& right, int64_t first, int64_t last, float* packed) {
   pack(right, 0, right.rows, first, last - first, packed + first * right.rows * TILE_COLS);
+}
+
+// Zeros below `rows` rows of `depth` floats, up to a whole tile.
+HF_GALORE_INLINE void fill_tile(int64_t rows, int64_t depth, float* to) {
+  const int64_t whole = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+  std::fill(to + rows * depth, to + whole * depth, 0.0f);
 }
 
 // Rows of a left factor as rows of `depth` floats; rows beyond `rows`, up to a whole tile, are zero. Columns of a transposed
@@ -83,6 +116,7 @@ void widen_rows(const Matrix& from, int64_t first_row, int64_t rows, int64_t fir
     const int64_t end = std::min(begin + step, depth);
     for (int64_t row = 0; row < rows; ++row) {
       const T* values = source + row * from.row_stride;
+      if (from.col_stride == 1) prefetch<false>(values + TILE_ROWS * from.row_stride, depth * sizeof(T));
       float* wide = to + row * depth;
       int64_t k = begin;
       if (from.col_stride == 1) {
@@ -91,8 +125,29 @@ void widen_rows(const Matrix& from, int64_t first_row, int64_t rows, int64_t fir
       for (; k < end; ++k) wide[k] = as_float(values[k * from.col_stride]);
     }
   }
-  const int64_t whole = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-  std::fill(to + rows * depth, to + whole * depth, 0.0f);
+  fill_tile(rows, depth, to);
+}
+
+// The same of codes.
+void widen_codes(const Matrix& from, int64_t first_row, int64_t rows, int64_t first_col, int64_t depth, float* to) {
+  if (from.col_stride == 1) {
+    each_run(from, first_row, rows, first_col, depth, [&](int64_t row, int64_t first, int64_t many, const float* values) {
+      std::copy(values, values + many, to + row * depth + first);
+    });
+  } else {
+    each_run(from, first_col, depth, first_row, rows, [&](int64_t col, int64_t first, int64_t many, const float* values) {
+      for (int64_t i = 0; i < many; ++i) to[(first + i) * depth + col] = values[i];
+    });
+  }
+  fill_tile(rows, depth, to);
+}
+
+HF_GALORE_INLINE void widen_into(const Matrix& from, int64_t first_row, int64_t rows, int64_t first_col, int64_t depth,
+                                 float* to) {
+  const auto widened = from.type == Type::float32    ? widen_rows<float>
+                       : from.type == Type::bfloat16 ? widen_rows<uint16_t>
+                                                     : widen_codes;
+  widened(from, first_row, rows, first_col, depth, to);
 }
 
 // Rows of a left factor to multiply with, at `stride` floats from one another: as they are, or widened into `scratch`.
@@ -104,10 +159,10 @@ struct LeftRows {
     if (left.type == Type::float32 && left.col_stride == 1 && rows % TILE_ROWS == 0) {
       values = static_cast<const float*>(left.data) + first_row * left.row_stride + first_col;
       stride = left.row_stride;
+      for (int64_t row = rows; row < 2 * rows; ++row) prefetch<false>(values + row * stride, depth * sizeof(float));
       return;
     }
-    const auto widened = left.type == Type::float32 ? widen_rows<float> : widen_rows<uint16_t>;
-    widened(left, first_row, rows, first_col, depth, scratch);
+    widen_into(left, first_row, rows, first_col, depth, scratch);
     values = scratch;
     stride = depth;
   }
@@ -149,6 +204,9 @@ void add_lowrank_rows(const LowRankAddition& step, int64_t first_row, int64_t la
         }
         Kept* weight = static_cast<Kept*>(step.weight.data) + (block + top) * step.weight.row_stride;
         for (int64_t col = begin; col < end; col += TILE_COLS) {
+          for (int64_t i = TILE_ROWS; i < 2 * TILE_ROWS; ++i) {
+            prefetch<true>(weight + i * step.weight.row_stride + col, TILE_COLS * sizeof(Kept));
+          }
           Tile tile;
           multiply(left.values + top * left.stride, left.stride, step.right + col * depth, depth, tile);
           const int64_t wide = std::min(TILE_COLS, n - col);
@@ -225,8 +283,7 @@ void matmul_rows(const Matrix& left, const float* right, const Matrix& product, 
 }
 
 void widen(const Matrix& left, float* widened) {
-  const auto rows = left.type == Type::float32 ? widen_rows<float> : widen_rows<uint16_t>;
-  rows(left, 0, left.rows, 0, left.cols, widened);
+  widen_into(left, 0, left.rows, 0, left.cols, widened);
 }
 
 int64_t right_scratch() { return RIGHT_FLOATS; }

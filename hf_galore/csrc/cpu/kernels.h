@@ -6,14 +6,17 @@
 
 namespace hf_galore {
 
-enum class Type { float32, bfloat16 };
+enum class Type { float32, bfloat16, codes8, codes4 };  // codes: of bases that are kept as integers (codes.h)
 
-// Strides count elements.
+// Strides count elements. A matrix of codes has one stride of one, and is only read.
 struct Matrix {
   void* data;
   Type type;
   int64_t rows, cols;
   int64_t row_stride, col_stride;
+  const float* scales = nullptr;  // of codes, one for each block of 128 numbers, the first of which have `before` others
+  int64_t before = 0;
+  int64_t half = 0;  // of codes of 4 bits: the numbers from this one on are in the upper halves of bytes
 };
 
 // Whence the random bits of a bfloat16 matrix come (rounding.h): a hashed word for each column, and the key of the words of
@@ -73,13 +76,6 @@ struct AdamW {
   float size;  // lr * sqrt(1 - beta2^t) / (1 - beta1^t)
 };
 
-// Bases (matrices, rows, cols) as codes of 8 bits, or of 4: those of the rows i and i + (rows + 1) / 2 share a byte.
-struct CodedBasis {
-  const uint8_t* codes;
-  const float* scales;
-  int64_t bits, rows, cols;
-};
-
 struct Kernels {
   const char* name;
   int64_t tile_rows, tile_cols;
@@ -107,7 +103,8 @@ struct Kernels {
   void (*matmul_cols)(const float* left, const Matrix& right, const Matrix& product, int64_t first_panel,
                       int64_t last_panel, float* scratch);
 
-  void (*decode)(const CodedBasis& basis, int64_t first_row, int64_t last_row, float* to);
+  // The numbers [first, last) of a matrix of codes, counted as they lie in memory, as floats.
+  void (*decode)(const Matrix& basis, int64_t first, int64_t last, float* to);
 };
 
 extern const Kernels generic_kernels;

@@ -43,6 +43,43 @@ inline void check_shape(const Tensor& tensor, int64_t rows, int64_t cols, const 
                   cols, ")");
 }
 
+inline Matrix transposed(Matrix matrix) {
+  std::swap(matrix.rows, matrix.cols);
+  std::swap(matrix.row_stride, matrix.col_stride);
+  return matrix;
+}
+
+// Bases of `rows` rows that are kept as integers of 8 or 4 bits (hf_galore/basis_store.py), one or a batch of them.
+class CodedBases {
+ public:
+  CodedBases(const Tensor& codes, const Tensor& scale, int64_t bits, int64_t rows)
+      : first_{codes.data_ptr(), bits == 8 ? Type::codes8 : Type::codes4, rows, codes.size(codes.dim() - 1), 0, 1} {
+    STD_TORCH_CHECK(bits == 4 || bits == 8, "bits must be 4 or 8");
+    const int64_t cols = first_.cols, count = codes.dim() == 3 ? codes.size(0) : 1;
+    stored_ = bits == 4 ? (rows + 1) / 2 : rows;
+    STD_TORCH_CHECK(codes.scalar_type() == (bits == 4 ? ScalarType::Byte : ScalarType::Char),
+                    "codes of 4 bits are uint8, of 8 bits int8");
+    STD_TORCH_CHECK(codes.size(codes.dim() - 2) == stored_ && codes.is_contiguous(), "codes must be (matrices, ", stored_,
+                    ", cols), contiguous");
+    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() &&
+                    scale.numel() == (count * rows * cols + 127) / 128, "one float32 scale for each block of 128");
+    first_.row_stride = cols;
+    first_.scales = static_cast<const float*>(scale.data_ptr());
+    first_.half = stored_ * cols;
+  }
+
+  Matrix matrix(int64_t index) const {
+    Matrix matrix = first_;
+    matrix.data = static_cast<uint8_t*>(first_.data) + index * stored_ * first_.cols;
+    matrix.before = index * first_.rows * first_.cols;
+    return matrix;
+  }
+
+ private:
+  Matrix first_;
+  int64_t stored_;
+};
+
 // Memory of torch's own allocator, so that torch's counters see it.
 class Scratch {
  public:
