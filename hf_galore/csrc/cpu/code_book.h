@@ -27,10 +27,10 @@ inline CodeBook make_code_book(const float* codes, bool is_signed) {
   for (int cell = 0; cell < last; ++cell) {
     while (positive < 255 && book.boundaries[positive] < edge(cell)) ++positive;
     while (negative > 0 && book.boundaries[negative - 1] > -edge(cell + 1)) --negative;
-    book.start[0][cell] = static_cast<uint8_t>(positive);
-    book.start[1][cell] = static_cast<uint8_t>(negative);
+    book.start[cell] = static_cast<uint8_t>(positive);
+    book.start[CodeBook::cells + cell] = static_cast<uint8_t>(negative);
   }
-  book.start[0][last] = book.start[1][last] = 255;
+  book.start[last] = book.start[CodeBook::cells + last] = 255;
   return book;
 }
 

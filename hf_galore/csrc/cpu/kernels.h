@@ -55,7 +55,7 @@ struct CodeBook {
   static constexpr int cells = 24 * 128 + 2;
   float codes[256];
   float boundaries[256];  // the last one is never exceeded
-  uint8_t start[2][cells];
+  uint8_t start[2 * cells];  // of positive numbers, and of negative ones
   bool is_signed;
 };
 

@@ -63,18 +63,14 @@ void adamw_row(const AdamW& step, int64_t row, float* delta) {
   }
 }
 
-// The cell of a magnitude in a code book's table: 128 to an octave from 2^-23 to 1, one for all below, and one for NaN.
-HF_GALORE_INLINE uint32_t cell_of(uint32_t word) {
-  constexpr uint32_t lowest = (127u - 23u) << 23;
-  const uint32_t magnitude = std::max(word & 0x7FFFFFFFu, lowest);
-  return std::min<uint32_t>((magnitude - lowest) >> 16, CodeBook::cells - 1);
-}
-
-HF_GALORE_INLINE uint8_t code_of(float value, const CodeBook& book) {
-  uint32_t word;
-  std::memcpy(&word, &value, sizeof word);
-  const uint8_t below = book.start[word >> 31][cell_of(word)];
-  return static_cast<uint8_t>(below + (value > book.boundaries[below]));
+// The places in a code book's table of LANES numbers: 128 cells to an octave of the magnitude from 2^-23 to 1, one for all
+// below, and one for NaN.
+HF_GALORE_INLINE vuint places_of(vuint words) {
+  constexpr uint32_t lowest = (127u - 23u) << 23, last = CodeBook::cells - 1;
+  const vuint magnitude = words & 0x7FFFFFFFu;
+  const vuint above = (magnitude - lowest) & (vuint)((vint)magnitude > static_cast<int32_t>(lowest));
+  const vuint cell = above >> 16, too_far = (vuint)((vint)cell > static_cast<int32_t>(last));
+  return choose(too_far, fill_words(last), cell) + ((vuint)((vint)words >> 31) & CodeBook::cells);
 }
 
 HF_GALORE_INLINE void dequantize(const uint8_t* codes, float scale, int64_t count, const CodeBook& book, float* to) {
@@ -99,10 +95,18 @@ HF_GALORE_INLINE void quantize(const float* values, int64_t count, const CodeBoo
   }
   const float divisor = scale < FLT_MIN ? FLT_MIN : scale;  // NaN divides as NaN
   float scaled[BLOCK];
-  for (int64_t i = 0; i < count; i += LANES) store(scaled + i, load<vfloat>(values + i) / divisor);
+  uint32_t places[BLOCK];
+  for (int64_t i = 0; i < count; i += LANES) {
+    const vfloat value = load<vfloat>(values + i) / divisor;
+    store(scaled + i, value);
+    store(places + i, places_of((vuint)value));
+  }
   for (int64_t i = 0; i < count; ++i) {
-    const uint8_t code = code_of(scaled[i], book);
-    codes[i] = book.is_signed ? code : std::max<uint8_t>(code, values[i] > 0.0f);
+    const uint8_t below = book.start[places[i]];
+    codes[i] = static_cast<uint8_t>(below + (scaled[i] > book.boundaries[below]));
+  }
+  if (!book.is_signed) {
+    for (int64_t i = 0; i < count; ++i) codes[i] = std::max<uint8_t>(codes[i], values[i] > 0.0f);
   }
 }
 

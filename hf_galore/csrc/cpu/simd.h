@@ -12,6 +12,7 @@ constexpr int64_t LANES = HF_GALORE_LANES;
 
 typedef float vfloat __attribute__((vector_size(4 * HF_GALORE_LANES)));
 typedef uint32_t vuint __attribute__((vector_size(4 * HF_GALORE_LANES)));
+typedef int32_t vint __attribute__((vector_size(4 * HF_GALORE_LANES)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * HF_GALORE_LANES)));
 
 #define HF_GALORE_INLINE inline __attribute__((always_inline))
