@@ -3,7 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -12,11 +13,13 @@ import torch
 from held_out import loss_of, tokens_of
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_galore import GaLoreAdamW
 from hf_galore.lowrank_backward import enable
+from hf_galore.lowrank_basis import LayerBasis
+from hf_galore.lowrank_layer import LowRankLayer
 from hf_galore.param_groups import find_targets, galore_param_groups
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,7 +35,7 @@ REWARM = 10  # steps in which the adapters' rate grows again after a merge of Re
 class Method(NamedTuple):
     """What trains the matrices, and the method whose rates do where there is no grid of its own."""
 
-    kind: str  # adamw, galore (from full gradients), layerwise (projected backward), lora, relora
+    kind: str  # adamw, galore (from full gradients), layerwise (projected backward), inputs (the same), lora, relora
     options: dict[str, Any]  # group keys of galore, arguments of `enable`
     tuned_like: str = ""
 
@@ -90,8 +93,10 @@ def prepare(model: nn.Module, study: Study, method: Method, run: Run) -> tuple[n
         groups = galore_param_groups(model, TARGETS, **low_rank, **method.options)
         optimizer = GaLoreAdamW(groups, lr=run.lr_rest, seed=run.seed, **ADAM)
         return model, optimizer, optimizer
-    if method.kind == "layerwise":
+    if method.kind in ("layerwise", "inputs"):
         engine = enable(model, TARGETS, **low_rank, seed=run.seed, **method.options)
+        if method.kind == "inputs":
+            use_inputs(engine.bases, run.seed)
         optimizer = GaLoreAdamW(engine.param_groups(model), lr=run.lr_rest, seed=run.seed, **ADAM)
         engine.attach(optimizer)
         return model, optimizer, engine
@@ -105,6 +110,22 @@ def prepare(model: nn.Module, study: Study, method: Method, run: Run) -> tuple[n
         {"params": [param for name, param in trained if name not in names], "lr": run.lr_rest},
     ]
     return model, torch.optim.AdamW(groups, weight_decay=0.0, fused=True, **ADAM), None
+
+
+def use_inputs(bases: Sequence[LayerBasis], seed: int) -> None:
+    """Makes the principal directions of each layer's input x its basis, in place of those of its gradient.
+
+    A streaming refresh then sketches (yᵀ x)ᵀ U in place of (gyᵀ x)ᵀ U; y = x J, with normal numbers J (n, m).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for basis in bases:
+        m, n = basis.layers[0].weight.shape
+        mixing = torch.randn(n, m, generator=generator) / math.sqrt(n)
+        basis.receive = partial(receive_inputs, basis.receive, mixing)  # type: ignore[method-assign]
+
+
+def receive_inputs(receive: Callable[..., None], mixing: Tensor, layer: LowRankLayer, x: Tensor, gy: Tensor) -> None:
+    receive(layer, x, x @ mixing)
 
 
 def with_adapters(model: nn.Module, names: set[str], rank: int) -> nn.Module:

@@ -75,6 +75,9 @@ METHODS = {
     "streaming + rotate, all at once": streaming("rotate", stagger=False),
     "streaming + rotate, share_inputs": streaming("rotate", share_inputs=True),
     "streaming + rotate, equal state": streaming("rotate", equal_state=True),
+    "streaming + rotate, basis of the inputs": Method(
+        "inputs", {"refresh": "streaming", "moments": "rotate"}, "randomized + rotate"
+    ),
     "exact, randomized + rotate": Method(
         "layerwise", {"refresh": "exact", "subspace": "randomized", "moments": "rotate"}, "randomized + rotate"
     ),
@@ -86,6 +89,7 @@ LR_MATRICES = {
     "adamw": [2.5e-4, 5e-4, 1e-3],
     "galore": OF_GALORE,
     "layerwise": OF_GALORE,
+    "inputs": OF_GALORE,
     "lora": OF_ADAPTERS,
     "relora": OF_ADAPTERS,
 }

@@ -15,6 +15,8 @@ import ablation_run  # noqa: E402
 import result_file  # noqa: E402
 import subspace_ablation as script  # noqa: E402
 
+from hf_galore.lowrank_backward import enable  # noqa: E402
+
 METHODS = ["AdamW", "randomized + rotate", "streaming + rotate", "LoRA", "ReLoRA"]
 TUNED = [name for name in METHODS if name != "streaming + rotate"]
 RATES = ["--lr_matrices", "1e-3", "1e-2", "--lr_rest", "1e-2"]
@@ -151,6 +153,26 @@ def test_a_merge_puts_the_adapters_into_the_matrices(adapted):
     with model.disable_adapter():
         torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
     assert all(torch.equal(param, kept[name]) for name, param in adapters(model).items())
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_a_basis_of_the_inputs(inputs):
+    """The gradient has three directions, the input is largest in three others."""
+    layer = torch.nn.Linear(16, 12, bias=False)
+    engine = enable(torch.nn.Sequential(layer), ["0"], rank=3, update_proj_gap=1, refresh="streaming", scale=1.0)
+    if inputs:
+        ablation_run.use_inputs(engine.bases, seed=0)
+    optimizer = torch.optim.SGD(engine.param_groups(layer), lr=0.01)
+    engine.attach(optimizer)
+    rows, directions = torch.linalg.qr(torch.randn(40, 16)).Q, torch.linalg.qr(torch.randn(16, 16)).Q
+    x = rows * torch.tensor([30.0] * 3 + [0.1] * 13) @ directions.T
+    for _ in range(4):
+        layer(x).backward(rows[:, 3:6] @ torch.randn(3, 12))
+        optimizer.step()
+        optimizer.zero_grad()
+    wanted = directions[:, :3] if inputs else directions[:, 3:6]
+    cosines = torch.linalg.svdvals(engine.bases[0].matrix.T @ wanted)
+    assert cosines.min() > 0.99
 
 
 def test_a_restart_leaves_the_function_as_it_is(adapted):
