@@ -48,8 +48,8 @@ def torch_folder() -> Path:
     raise RuntimeError(f"no torch {wanted} or newer was installed when hf_galore was")
 
 
-def nvcc(torch: Path, architectures: list[str], *arguments: str) -> None:
-    """Runs nvcc on the CUDA sources, every warning an error.
+def nvcc(torch: Path, architectures: list[str], sources: list[str], *arguments: str) -> None:
+    """Runs nvcc on CUDA sources, every warning an error.
 
     Raises:
         RuntimeError: there is no nvcc, or it fails.
@@ -59,7 +59,6 @@ def nvcc(torch: Path, architectures: list[str], *arguments: str) -> None:
     if compiler is None:
         raise RuntimeError("there is no nvcc, neither in CUDA_HOME nor on the path")
     flags = [*NVCC, f"-DTORCH_TARGET_VERSION={TARGET}", "-isystem", str(torch / "include"), *architectures]
-    sources = [path for path in CUDA.sources if path.endswith(".cu")]
     if subprocess.run([compiler, *flags, *sources, *arguments], cwd=ROOT).returncode != 0:
         raise RuntimeError("nvcc failed")
 
@@ -113,7 +112,7 @@ class BuildNative(build_ext):
         chosen = list(architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES))
         library.parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
-        nvcc(torch, chosen, "-shared", "-o", str(library), *libraries)
+        nvcc(torch, chosen, CUDA.sources, "-shared", "-o", str(library), *libraries)
 
     def copy_extensions_to_source(self) -> None:
         """For editable installations: the libraries, or the notes, next to the sources."""
@@ -157,7 +156,8 @@ class Kernels(Command):
         pass
 
     def run(self) -> None:
-        nvcc(torch_folder(), list(architectures(ARCHITECTURES)), "-c", "-o", os.devnull)
+        for source in CUDA.sources:
+            nvcc(torch_folder(), list(architectures(ARCHITECTURES)), [source], "-c", "-o", os.devnull)
         print(f"the CUDA sources compile for {ARCHITECTURES}")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_galore import native
-from hf_galore.rounding import RoundingKey, bits_of, key_numbers, random_words, round_stochastic
+from hf_galore.rounding import RoundingKey, bits_of, key_numbers, key_parts, random_words, round_stochastic
 
 BLOCK_ELEMENTS = 1 << 18  # a few float32 temporaries of this size stay in a CPU's second-level cache
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of what the native ops take
@@ -102,18 +102,44 @@ def add_lowrank_(
         return
     product = product_dtype(weight.dtype, weight.device)
     left, right = left.to(product), right.to(product)
-    if product == torch.bfloat16:
-        add = _add_bfloat16_lowrank_
-    else:
-        add = _add_lowrank_ if weight.dtype in NATIVE_DTYPES else _add_lowrank_reference
-    numbers = key_numbers(key)
+
+    def add(weight: Tensor, left: Tensor, right: Tensor, first_row: int) -> None:
+        if product == torch.bfloat16:
+            _add_bfloat16_lowrank_([weight], [left], [right], alpha, beta, *key_parts(key), [first_row])
+        else:
+            one = _add_lowrank_ if weight.dtype in NATIVE_DTYPES else _add_lowrank_reference
+            one(weight, left, right, alpha, beta, key_numbers(key), first_row)
+
     if weight.dim() == 2 and weight.stride(1) == 1:
-        add(weight, left, right, alpha, beta, numbers, first_row)
+        add(weight, left, right, first_row)
         return
     lefts, rights = (factor.reshape(-1, *factor.shape[-2:]) for factor in (left, right))
     with _viewed(weight, -1, *weight.shape[-2:]) as batch:
         for index, (one, a, b) in enumerate(zip(batch, lefts, rights, strict=True)):
-            add(one, a, b, alpha, beta, numbers, first_row + index * one.shape[0])
+            add(one, a, b, first_row + index * one.shape[0])
+
+
+def add_lowrank_each_(
+    weights: Sequence[Tensor],
+    factors: Sequence[tuple[Tensor, Tensor]],
+    *,
+    alpha: float,
+    beta: float,
+    key: Sequence[int] | None,
+    parameters: Sequence[int],
+    first_rows: Sequence[int],
+) -> None:
+    """`add_lowrank_` of each matrix (m, n), of one dtype and with contiguous rows, with its factors (left, right).
+
+    In one call where the device multiplies bfloat16. `key` is the seed and the step, as an op takes them.
+    """
+    if product_dtype(weights[0].dtype, weights[0].device) == torch.bfloat16:
+        lefts, rights = ([factor.bfloat16() for factor in side] for side in zip(*factors, strict=True))
+        _add_bfloat16_lowrank_(weights, lefts, rights, alpha, beta, key, parameters, first_rows)
+        return
+    for weight, (left, right), parameter, row in zip(weights, factors, parameters, first_rows, strict=True):
+        own = None if key is None else RoundingKey(key[0], key[1], parameter)
+        add_lowrank_(weight, left, right, alpha=alpha, beta=beta, key=own, first_row=row)
 
 
 def _add_lowrank_reference(
@@ -138,19 +164,28 @@ _add_lowrank_ = native.define(
 
 
 def _add_bfloat16_lowrank_reference(
-    weight: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, key: Sequence[int] | None, first_row: int
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    alpha: float,
+    beta: float,
+    key: Sequence[int] | None,
+    parameters: Sequence[int],
+    first_rows: Sequence[int],
 ) -> None:
-    """The product of some rows at a time, in bfloat16, and the write-back of these."""
-    step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        _add_(weight[rows], left[rows] @ right, alpha, beta, key, first_row + start)
+    """Of each matrix the product of some rows at a time, in bfloat16, and the write-back of these."""
+    for weight, left, right, parameter, row in zip(weights, lefts, rights, parameters, first_rows, strict=True):
+        step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+        numbers = None if key is None else [*key, parameter]
+        for start in range(0, weight.shape[0], step):
+            rows = slice(start, start + step)
+            _add_(weight[rows], left[rows] @ right, alpha, beta, numbers, row + start)
 
 
 # Where the device multiplies bfloat16.
 _add_bfloat16_lowrank_ = native.define(
-    "add_bfloat16_lowrank_(Tensor(a!) weight, Tensor left, Tensor right, float alpha, float beta, int[]? key,"
-    " int first_row) -> ()",
+    "add_bfloat16_lowrank_(Tensor(a!)[] weights, Tensor[] lefts, Tensor[] rights, float alpha, float beta, int[]? key,"
+    " int[] parameters, int[] first_rows) -> ()",
     _add_bfloat16_lowrank_reference,
     lambda *_: None,
 )

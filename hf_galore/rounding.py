@@ -27,6 +27,12 @@ def key_numbers(key: RoundingKey | None) -> list[int] | None:
     return None if key is None else signed_words(key)
 
 
+def key_parts(key: RoundingKey | None) -> tuple[list[int] | None, list[int]]:
+    """The key as an op takes it that has one (seed, step) for all parameters, and a list of these."""
+    numbers = key_numbers(key)
+    return (None, [0]) if numbers is None else (numbers[:2], numbers[2:])
+
+
 def signed_words(numbers: Iterable[int]) -> list[int]:
     """Numbers of a key as signed 64-bit integers, which make the same bits."""
     return [((number & _MASK64) ^ (1 << 63)) - (1 << 63) for number in numbers]

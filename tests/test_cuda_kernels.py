@@ -24,6 +24,29 @@ ORDERS = pytest.mark.parametrize("downwards", [False, True], ids=["upwards", "do
 ROUNDINGS = {"float32": 0, "bfloat16": 1, "stochastic": 2}
 
 
+def structure(name: str, pointers: str, longs: str, keys: int) -> type[ctypes.Structure]:
+    """A structure of cuda_emulation/kernels.cpp."""
+    fields = [(field, ctypes.c_void_p) for field in pointers.split()]
+    fields += [(field, ctypes.c_int64) for field in longs.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": [*fields, ("keys", ctypes.c_uint64 * keys)]})
+
+
+OfProduct = structure(
+    "ProductArguments", "weight left right", "rows cols inner stride left_stride right_stride first_row", 2
+)
+OfAdamW = structure("AdamWArguments", "weight grad first second", "rows cols first_row", 6)
+OfBlocks = structure(
+    "BlocksArguments",
+    "weight grad first first_scales signed_book second second_scales unsigned_book",
+    "lines length cols first_row",
+    2,
+)
+
+
+def array(items: list[ctypes.Structure]) -> tuple[ctypes.Array, int]:
+    return (type(items[0]) * len(items))(*items), len(items)
+
+
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> ctypes.CDLL:
     """The emulated kernels."""
@@ -44,6 +67,10 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 def long(value: int) -> ctypes.c_int64:
     return ctypes.c_int64(value)
+
+
+def c_float(value: float | Tensor) -> ctypes.c_float:
+    return ctypes.c_float(float(value))
 
 
 def keys(key: RoundingKey) -> list[ctypes.c_uint64]:
@@ -86,12 +113,49 @@ def test_elementwise(kernels, rows, cols, pad, rounding, delta_dtype, replace):
         long(delta.stride(0)),
         long(rows),
         long(cols),
-        ctypes.c_float(alpha),
-        ctypes.c_float(beta),
+        c_float(alpha),
+        c_float(beta),
         *keys(KEY),
         long(FIRST_ROW),
     )
     torch.testing.assert_close(weight, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+class LowRank(NamedTuple):
+    """W, as rows of a wider matrix, and its factors: small whole numbers have exact sums."""
+
+    weight: Tensor
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, m: int, n: int, k: int) -> "LowRank":
+        generator = torch.Generator().manual_seed(m + n + k)
+        left, right = (torch.randint(-3, 4, shape, generator=generator).bfloat16() for shape in ((m, k), (k, n)))
+        return cls(matrix(m, n, torch.bfloat16, 0, pad=8), left, right)
+
+    def expected(self, rounding: str) -> Tensor:
+        return rounded(BETA * self.weight.float() + ALPHA * (self.left.float() @ self.right.float()), rounding)
+
+    def arguments(self, left: Tensor, right: Tensor) -> ctypes.Structure:
+        """With the factors as they lie in memory, in rows or in columns."""
+        strides = self.weight.stride(0), left.stride(0), right.stride(0)
+        m, n, k = *self.weight.shape, self.left.shape[1]
+        pointers = map(Tensor.data_ptr, (self.weight, left, right))
+        return OfProduct(*pointers, m, n, k, *strides, FIRST_ROW, WORDS_OF_KEY)
+
+
+ALPHA, BETA = torch.tensor(-0.0078125), torch.tensor(0.75)
+WORDS_OF_KEY = (ctypes.c_uint64 * 2)(*(word.value for word in keys(KEY)))
+
+
+def add_lowrank(kernels: ctypes.CDLL, given: list[LowRank], rounding: str, by_rows: tuple[bool, bool], down: bool):
+    factors = [
+        [factor if rows else factor.T.contiguous() for factor, rows in zip(one[1:], by_rows, strict=True)]
+        for one in given
+    ]
+    items = array([one.arguments(*pair) for one, pair in zip(given, factors, strict=True)])
+    kernels.emulate_add_lowrank(down, ROUNDINGS[rounding], *by_rows, *items, c_float(ALPHA), c_float(BETA))
 
 
 @ORDERS
@@ -100,38 +164,20 @@ def test_elementwise(kernels, rows, cols, pad, rounding, delta_dtype, replace):
 @pytest.mark.parametrize("right_by_rows", [True, False])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (130, 37, 70), (96, 136, 32), (5, 300, 33)])
 def test_add_lowrank(kernels, m, n, k, left_by_rows, right_by_rows, rounding, downwards):
-    """Small whole numbers have exact sums, so that every bit of the result is known."""
-    generator = torch.Generator().manual_seed(m + n + k)
+    given = LowRank.of(m, n, k)
+    expected = given.expected(rounding)
+    beyond = given.weight.as_strided((m, 8), given.weight.stride(), n).clone()
+    add_lowrank(kernels, [given], rounding, (left_by_rows, right_by_rows), downwards)
+    assert torch.equal(given.weight, expected)
+    found = given.weight.as_strided((m, 8), given.weight.stride(), n)
+    assert torch.equal(found, beyond)  # nothing is written beside it
 
-    def integers(rows: int, cols: int) -> Tensor:
-        return torch.randint(-3, 4, (rows, cols), generator=generator).bfloat16()
 
-    left, right = integers(m, k), integers(k, n)
-    weight = matrix(m, n, torch.bfloat16, 0, pad=8)
-    beta, alpha = torch.tensor(0.75), torch.tensor(-0.0078125)
-    expected = rounded(beta * weight.float() + alpha * (left.float() @ right.float()), rounding)
-    left = left if left_by_rows else left.T.contiguous()
-    right = right if right_by_rows else right.T.contiguous()
-    beyond = weight.as_strided((m, 8), weight.stride(), n).clone()
-    kernels.emulate_add_lowrank(
-        downwards,
-        ROUNDINGS[rounding],
-        pointer(weight),
-        long(weight.stride(0)),
-        pointer(left),
-        long(left.stride(0)),
-        left_by_rows,
-        pointer(right),
-        long(right.stride(0)),
-        right_by_rows,
-        *map(long, (m, n, k)),
-        ctypes.c_float(alpha),
-        ctypes.c_float(beta),
-        *keys(KEY),
-        long(FIRST_ROW),
-    )
-    assert torch.equal(weight, expected)
-    assert torch.equal(weight.as_strided((m, 8), weight.stride(), n), beyond)  # nothing is written beside it
+def test_add_lowrank_to_several(kernels):
+    given = [LowRank.of(5, 300, 33), LowRank.of(130, 37, 70), LowRank.of(1, 1, 1)]
+    expected = [one.expected("stochastic") for one in given]
+    add_lowrank(kernels, given, "stochastic", (True, False), False)
+    assert all(torch.equal(one.weight, theirs) for one, theirs in zip(given, expected, strict=True))
 
 
 def literal_adamw(grad: Tensor, first: Tensor, second: Tensor, rule: list[float]) -> tuple[Tensor, ...]:
@@ -176,6 +222,14 @@ def dtype_of(rounding: str) -> torch.dtype:
     return torch.float32 if rounding == "float32" else torch.bfloat16
 
 
+def adamw(kernels: ctypes.CDLL, matrices: list[list[Tensor]], of_moments: str, of_weight: str) -> None:
+    """A step of matrices, each (weight, grad, first, second), in place."""
+    items = [OfAdamW(*map(Tensor.data_ptr, one), *one[0].shape, FIRST_ROW, WORDS) for one in matrices]
+    is_bfloat16 = matrices[0][1].dtype == torch.bfloat16
+    roundings = ROUNDINGS[of_moments], ROUNDINGS[of_weight]
+    kernels.emulate_adamw(*roundings, is_bfloat16, *array(items), c_float(DECAY), C_RULE)
+
+
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("of_weight", "of_moments"),
@@ -187,25 +241,23 @@ def test_adamw(kernels, rows, cols, of_weight, of_moments, grad_dtype):
     second, weight = matrix(rows, cols, dtype_of(of_moments), 2).square(), matrix(rows, cols, dtype_of(of_weight), 3)
     *moments, change, uncertain, of_change = literal_adamw(grad, first, second, RULE)
     before = weight.clone()
-    kernels.emulate_adamw(
-        ROUNDINGS[of_moments],
-        ROUNDINGS[of_weight],
-        pointer(weight),
-        ctypes.c_float(DECAY),
-        pointer(grad),
-        grad_dtype == torch.bfloat16,
-        pointer(first),
-        pointer(second),
-        long(rows),
-        long(cols),
-        C_RULE,
-        WORDS,
-        long(FIRST_ROW),
-    )
+    adamw(kernels, [[weight, grad, first, second]], of_moments, of_weight)
     assert_stepped(weight, before, change, of_change, of_weight)
     bounds = (uncertain, 4 * 2.0**-24 * moments[1])
     for found, exact, bound, key in zip((first, second), moments, bounds, OF_MOMENTS, strict=True):
         assert_rounded(found, exact, bound, of_moments, key)
+
+
+def test_adamw_of_several(kernels):
+    """Each comes out as it does alone."""
+    shapes = [(33, 16), (1, 1), (20, 515)]
+    together = [[matrix(*shape, torch.bfloat16, seed).abs() for seed in range(4)] for shape in shapes]
+    alone = [[tensor.clone() for tensor in one] for one in together]
+    adamw(kernels, together, "stochastic", "stochastic")
+    for one in alone:
+        adamw(kernels, [one], "stochastic", "stochastic")
+    for found, expected in zip(together, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 class Codes(NamedTuple):
@@ -232,25 +284,27 @@ class Codes(NamedTuple):
         ]
 
 
-def step_of_8_bits(
-    kernels: ctypes.CDLL, weight: Tensor, grad: Tensor, kept: Codes, cols: int, rounding: str, downwards: bool
-) -> None:
+class InBlocks(NamedTuple):
+    """A weight and its gradient in lines, whose rows have `cols` values, and its moments."""
+
+    weight: Tensor
+    grad: Tensor
+    kept: Codes
+    cols: int
+
+    def arguments(self) -> ctypes.Structure:
+        books = [blockwise.code_book(signed, torch.device("cpu")) for signed in (True, False)]
+        moments = [one.data_ptr() for parts in zip(*self.kept, books, strict=True) for one in parts]
+        pointers = self.weight.data_ptr(), self.grad.data_ptr(), *moments
+        return OfBlocks(*pointers, *self.grad.shape, self.cols, FIRST_ROW, WORDS_OF_KEY)
+
+
+def step_of_8_bits(kernels: ctypes.CDLL, given: list[InBlocks], rounding: str, downwards: bool) -> None:
     """In place; three blocks of threads take turns."""
-    books = [blockwise.code_book(signed, torch.device("cpu")) for signed in (True, False)]
-    moments = [pointer(one) for parts in zip(kept.codes, kept.scales, books, strict=True) for one in parts]
+    items = array([one.arguments() for one in given])
+    is_bfloat16 = given[0].grad.dtype == torch.bfloat16
     kernels.emulate_adamw_blocks(
-        downwards,
-        ROUNDINGS[rounding],
-        pointer(weight),
-        ctypes.c_float(DECAY),
-        pointer(grad),
-        grad.dtype == torch.bfloat16,
-        *moments,
-        *map(long, (*grad.shape, cols)),
-        C_RULE,
-        WORDS,
-        long(FIRST_ROW),
-        ctypes.c_uint(3),
+        downwards, ROUNDINGS[rounding], is_bfloat16, *items, c_float(DECAY), C_RULE, ctypes.c_uint(3)
     )
 
 
@@ -263,7 +317,7 @@ def test_adamw_of_8_bits(kernels, lines, length, cols, rounding, grad_dtype, dow
     grad, weight = matrix(lines, length, grad_dtype, 0), matrix(lines, length, dtype_of(rounding), 3)
     before = weight.clone()
     *moments, change, _, of_change = literal_adamw(grad, *kept.values(), RULE)
-    step_of_8_bits(kernels, weight, grad, kept, cols, rounding, downwards)
+    step_of_8_bits(kernels, [InBlocks(weight, grad, kept, cols)], rounding, downwards)
     rows = [one.reshape(-1, cols) for one in (weight, before, change, of_change)]
     assert_stepped(*rows, rounding)
     expected = Codes.of(*(one.float() for one in moments))
@@ -275,12 +329,32 @@ def test_adamw_of_8_bits(kernels, lines, length, cols, rounding, grad_dtype, dow
         assert (difference > 0).double().mean() <= 0.01
 
 
+def test_adamw_of_8_bits_of_several(kernels):
+    """Each comes out as it does alone."""
+
+    def made() -> list[InBlocks]:
+        moments = [[matrix(*shape, torch.float32, seed).abs() for seed in (1, 2)] for shape in ((7, 300), (1, 9))]
+        return [
+            InBlocks(torch.ones_like(one[0]), matrix(*one[0].shape, torch.float32, 0), Codes.of(*one), one[0].shape[1])
+            for one in moments
+        ]
+
+    together, alone = made(), made()
+    step_of_8_bits(kernels, together, "float32", downwards=False)
+    for one in alone:
+        step_of_8_bits(kernels, [one], "float32", downwards=False)
+    for found, expected in zip(together, alone, strict=True):
+        assert torch.equal(found.weight, expected.weight)
+        for ours, theirs in zip(found.kept, expected.kept, strict=True):  # codes, scales
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_nan_and_zero_in_8_bits(kernels):
     """A NaN makes its block's scale NaN, as in the reference; zeros stay zeros."""
     kept = Codes.of(torch.zeros(2, 256), torch.zeros(2, 256))
     grad, weight = torch.zeros(2, 256), torch.ones(2, 256)
     grad[0, 3] = torch.nan
-    step_of_8_bits(kernels, weight, grad, kept, 256, "float32", downwards=False)
+    step_of_8_bits(kernels, [InBlocks(weight, grad, kept, 256)], "float32", downwards=False)
     for codes, scales in zip(*kept, strict=True):
         assert scales[0].isnan()
         assert scales[1] == 0.0

@@ -465,6 +465,46 @@ def test_rows_by_themselves_come_out_as_they_do_together():
     assert torch.equal(parts, whole)
 
 
+@pytest.mark.parametrize("kept", [torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_the_reference_takes_several_matrices_at_once(monkeypatch, in_bfloat16, kept):
+    """As it does where a kernel steps them together: the bits are those of one after another."""
+
+    def stepped():
+        torch.manual_seed(0)
+        matrices = [
+            adamw_ops.OneMatrix(
+                *(torch.randn(m, n).bfloat16(), torch.randn(m, n).bfloat16(), adamw_state((m, 5), kept)),
+                *(torch.randn(n, 5), None, m, 3, 3),
+            )
+            for m, n in ((30, 20), (7, 300), (64, 64))
+        ]
+        step = adamw_ops.LowRankStep(
+            adamw_ops.Rule(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-6, steps=1.0),
+            *(0.25, 0.98, True, 0, (1, 2), torch.bfloat16, kept, torch.device("cpu")),
+        )
+        with native.references_only():
+            step(matrices)
+        return [tensor for one in matrices for tensor in (one.weight, *one.state.values())]
+
+    monkeypatch.setattr(adamw_ops, "product_dtype", lambda *_: torch.bfloat16 if in_bfloat16 else torch.float32)
+    monkeypatch.setattr(ops, "product_dtype", adamw_ops.product_dtype)
+    alone = stepped()
+    monkeypatch.setattr(adamw_ops, "_some_at_a_time", lambda moments: [slice(0, 2), slice(2, len(moments))])
+    assert_equal((stepped(), alone))
+
+
+def test_how_many_matrices_are_taken_at_once():
+    def parts(device, *sizes):
+        moments = [torch.empty(size, device=device) for size in sizes]
+        return [(part.start, part.stop) for part in adamw_ops._some_at_a_time(moments)]
+
+    limit = adamw_ops._VALUES_AT_A_TIME
+    assert parts("cpu", 4, 5, 6) == [(0, 1), (1, 2), (2, 3)]
+    assert parts("meta", 4, 5, 6) == [(0, 3)]
+    assert parts("meta", limit, 1, limit, 1, 2) == [(0, 1), (1, 3), (3, 5)]
+
+
 @needs_library
 def test_threads_change_no_bit():
     results, threads = [], torch.get_num_threads()
@@ -518,19 +558,18 @@ def op_cases():
     weight, rule = torch.randn(6, 10).bfloat16(), (0.1, 0.9, 0.99, 1e-6, 1.0)
     yield OPS.add_, (weight, torch.randn(6, 10), 0.5, 0.9, numbers, 0)
     yield OPS.round_into_, (weight, torch.randn(6, 10), None, 2)
-    yield (
-        OPS.add_bfloat16_lowrank_,
-        (weight, *(torch.randn(*one).bfloat16() for one in ((6, 3), (3, 10))), 0.5, 0.9, numbers, 0),
-    )
+    of_both = [weight, weight + 1], [torch.randn(6, 3).bfloat16()] * 2, [torch.randn(3, 10).bfloat16()] * 2
+    yield OPS.add_bfloat16_lowrank_, (*of_both, 0.5, 0.9, numbers[:2], [7, 8], [0, 3])
     yield OPS.add_lowrank_, (weight, torch.randn(6, 3), torch.randn(3, 10), 0.5, 0.9, numbers, 0)
     yield OPS.matmul, (torch.randn(6, 10).bfloat16(), torch.randn(10, 3))
     codes = torch.randint(-7, 8, (2, 5, 30), dtype=torch.int8)
     yield OPS.decode_basis, (codes, torch.rand(3), 8, 5)
     yield OPS.decode_basis, (codes.view(torch.uint8), torch.rand(5), 4, 9)
     full, low = adamw_state((6, 10), torch.bfloat16), adamw_state((6, 3), torch.uint8)
-    yield OPS.adamw_, (weight, torch.randn(6, 10), *adamw_ops._kept(full, 10), *rule, 0.9, numbers, 0)
-    lists = [[weight], [torch.randn(6, 10)], *([tensor] for tensor in adamw_ops._kept(low, 3)[:4])]
-    books = adamw_ops._kept(low, 3)[4:]
+    of_one = [weight], [torch.randn(6, 10)]
+    yield OPS.adamw_, (*of_one, *adamw_ops._kept(full, 10), *rule, 0.9, numbers[:2], numbers[2:], [0])
+    *lists, signed_codes, unsigned_codes = (*of_one, *adamw_ops._kept(low, 3))
+    books = signed_codes, unsigned_codes
     rest = (*rule, 0.25, 0.9, numbers[:2], numbers[2:], [0], [0])
     yield OPS.lowrank_adamw_, (*lists, *books, [torch.randn(10, 3)], [], 0, True, False, *rest)
     lists[4:] = [], []

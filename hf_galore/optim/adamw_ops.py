@@ -1,4 +1,4 @@
-"""AdamW's step as one op: hf_galore::adamw_ at full rank, lowrank_adamw_ for any number of matrices with their bases.
+"""AdamW's step as one op for any number of parameters: hf_galore::adamw_ at full rank, lowrank_adamw_ with bases.
 
     M ← β1·M + (1−β1)·R;  V ← β2·V + (1−β2)·R²;  N = √(1−β2ᵗ)/(1−β1ᵗ) · M/(√V + eps)
     adamw_:          W ← decay·W − lr·N, with R = G
@@ -10,7 +10,7 @@ not covered is stepped by projection, rule and write-back one after the other.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from hf_galore import native
 from hf_galore.basis_store import Integer
-from hf_galore.ops import NATIVE_DTYPES, add_, add_lowrank_, product_dtype, scale_, width_of
+from hf_galore.ops import NATIVE_DTYPES, add_, add_lowrank_each_, product_dtype, scale_, width_of
 from hf_galore.optim import blockwise
 from hf_galore.optim.moments import Blockwise8bit, Float, MomentFormat, State
-from hf_galore.rounding import RoundingKey, key_numbers, mix64, signed_words
+from hf_galore.rounding import RoundingKey, key_parts, mix64, signed_words
 from hf_galore.sides import Left, Right
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -75,8 +75,8 @@ def adamw_(
 ) -> None:
     """target ← decay·target − lr·N and the moments in `state`, where `covers` is true; `first_row` as in `add_`."""
     width = width_of(target)
-    tensors = [target.view(-1, width), grad.contiguous().view(-1, width), *_kept(state, width)]
-    _adamw_(*tensors, *rule.numbers, decay, key_numbers(key), first_row)
+    tensors = [[target.view(-1, width)], [grad.contiguous().view(-1, width)], *_kept(state, width)]
+    _adamw_(*tensors, *rule.numbers, decay, *key_parts(key), [first_row])
 
 
 class OneMatrix(NamedTuple):
@@ -136,21 +136,21 @@ class LowRankStep:
         )
 
 
-def _kept(state: State, width: int) -> list[Tensor | None]:
+def _kept(state: State, width: int) -> list[Any]:
     """Both moments as rows, their scales (rows of scales where no block crosses a row), and the code books."""
-    moments = [state[name].view(-1, width) for name in _MOMENTS]
-    if moments[0].dtype != torch.uint8:
-        return [*moments, None, None, None, None]
+    moments = [[state[name].view(-1, width)] for name in _MOMENTS]
+    if moments[0][0].dtype != torch.uint8:
+        return [*moments, [], [], None, None]
     scales = [state[f"{name}_absmax"] for name in _MOMENTS]
-    scales = [scale if scale.dim() == 1 else scale.view(-1, scale.shape[-1]) for scale in scales]
-    return [*moments, *scales, *(blockwise.code_book(signed, moments[0].device) for signed in (True, False))]
+    scales = [[scale if scale.dim() == 1 else scale.view(-1, scale.shape[-1])] for scale in scales]
+    return [*moments, *scales, *(blockwise.code_book(signed, moments[0][0].device) for signed in (True, False))]
 
 
 # The references.
 
 
-def _rounding_key(key: Sequence[int] | None) -> RoundingKey | None:
-    return None if key is None else RoundingKey(*key)
+# Values of low-rank updates that are made at a time where a kernel steps all matrices that it is given at once.
+_VALUES_AT_A_TIME = 1 << 24
 
 
 def _change_moments(
@@ -160,7 +160,7 @@ def _change_moments(
     exp_avg_sq: Tensor,
     scales: Sequence[Tensor | None],
     rule: Rule,
-    key: Sequence[int] | None,
+    key: RoundingKey | None,
     first_row: int,
 ) -> None:
     """`update_` with the moments read from what is kept and written back; target in float32."""
@@ -173,17 +173,17 @@ def _change_moments(
     moments = {name: kept.read(state, name) for name, kept in formats.items()}
     update_(target, grad.float(), moments["exp_avg"], moments["exp_avg_sq"], rule)
     for index, (name, kept) in enumerate(formats.items(), start=1):
-        of_moment = None if key is None else RoundingKey(key[0], key[1], mix64(key[2], index))
+        of_moment = key and key._replace(parameter=mix64(key.parameter, index))
         kept.write(state, name, moments[name], of_moment, first_row)
 
 
 def _adamw_reference(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    exp_avg_absmax: Tensor | None,
-    exp_avg_sq_absmax: Tensor | None,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_absmaxs: Sequence[Tensor],
+    exp_avg_sq_absmaxs: Sequence[Tensor],
     signed_codes: Tensor | None,
     unsigned_codes: Tensor | None,
     lr: float,
@@ -193,15 +193,20 @@ def _adamw_reference(
     steps: float,
     decay: float,
     key: Sequence[int] | None,
-    first_row: int,
+    parameters: Sequence[int],
+    first_rows: Sequence[int],
 ) -> None:
-    rule, scales = Rule(lr, beta1, beta2, eps, steps), (exp_avg_absmax, exp_avg_sq_absmax)
-    if weight.dtype == torch.float32:
-        _change_moments(scale_(weight, decay), grad, exp_avg, exp_avg_sq, scales, rule, key, first_row)
-        return
-    delta = torch.zeros_like(grad, dtype=torch.float32)
-    _change_moments(delta, grad, exp_avg, exp_avg_sq, scales, rule, key, first_row)
-    add_(weight, delta, alpha=1.0, beta=decay, key=_rounding_key(key), first_row=first_row)
+    rule, none = Rule(lr, beta1, beta2, eps, steps), [None] * len(weights)
+    scales = zip(exp_avg_absmaxs or none, exp_avg_sq_absmaxs or none, strict=True)
+    lists = (weights, grads, exp_avgs, exp_avg_sqs, scales, parameters, first_rows)
+    for weight, grad, exp_avg, exp_avg_sq, of_both, parameter, first_row in zip(*lists, strict=True):
+        own = None if key is None else RoundingKey(key[0], key[1], parameter)
+        if weight.dtype == torch.float32:
+            _change_moments(scale_(weight, decay), grad, exp_avg, exp_avg_sq, of_both, rule, own, first_row)
+            continue
+        delta = torch.zeros_like(grad, dtype=torch.float32)
+        _change_moments(delta, grad, exp_avg, exp_avg_sq, of_both, rule, own, first_row)
+        add_(weight, delta, alpha=1.0, beta=decay, key=own, first_row=first_row)
 
 
 def _lowrank_adamw_reference(
@@ -231,39 +236,70 @@ def _lowrank_adamw_reference(
     first_moment_rows: Sequence[int],
 ) -> None:
     side = Right() if right else Left()
-    none = [None] * len(weights)
-    moments = (exp_avgs, exp_avg_sqs, exp_avg_absmaxs or none, exp_avg_sq_absmaxs or none)
-    lists: tuple[Sequence[Any], ...] = (weights, grads, bases, basis_scales or none, *moments, parameters)
-    lists += (first_rows, first_moment_rows)
-    for weight, grad, basis, basis_scale, *kept, parameter, first_row, first_moment_row in zip(*lists, strict=True):
-        if basis_scale is not None:
-            rows = side.sizes(*weight.shape)[0]
-            coded = {"basis": basis, "basis_scale": basis_scale}
+
+    def basis_of(index: int) -> Tensor:
+        basis, grad = bases[index], grads[index]
+        if basis_bits:
+            rows = side.sizes(*weights[index].shape)[0]
+            coded = {"basis": basis, "basis_scale": basis_scales[index]}
             basis = Integer(basis_bits, rows, torch.float32).decode(coded)
-        narrow = in_bfloat16 and grad.dtype == torch.bfloat16
-        low = side.project(grad, basis.to(torch.bfloat16 if narrow else torch.float32)).contiguous()
-        numbers = None if key is None else [*key, parameter]
-        delta = torch.zeros_like(low, dtype=torch.float32)
-        books = (signed_codes, unsigned_codes)
-        _adamw_(delta, low, *kept, *books, lr, beta1, beta2, eps, steps, 1.0, numbers, first_moment_row)
-        factors = side.factors(delta, basis.float())
-        add_lowrank_(weight, *factors, alpha=scale, beta=decay, key=_rounding_key(numbers), first_row=first_row)
+        return basis.to(torch.bfloat16 if in_bfloat16 and grad.dtype == torch.bfloat16 else torch.float32)
+
+    for some in _some_at_a_time(exp_avgs):
+        made = [basis_of(index) for index in range(some.start, some.stop)]
+        low = [side.project(grad, basis).contiguous() for grad, basis in zip(grads[some], made, strict=True)]
+        changes = torch.zeros(sum(map(Tensor.numel, low)), dtype=torch.float32, device=low[0].device)
+        _adamw_(
+            _shaped_like(low, changes),
+            *(low, exp_avgs[some], exp_avg_sqs[some], exp_avg_absmaxs[some], exp_avg_sq_absmaxs[some]),
+            *(signed_codes, unsigned_codes, lr, beta1, beta2, eps, steps, 1.0, key),
+            *(parameters[some], first_moment_rows[some]),
+        )
+        deltas = _shaped_like(low, changes.to(torch.bfloat16) if in_bfloat16 else changes)
+        factors = [side.factors(delta, basis) for delta, basis in zip(deltas, made, strict=True)]
+        add_lowrank_each_(
+            weights[some],
+            factors,
+            alpha=scale,
+            beta=decay,
+            key=key,
+            parameters=parameters[some],
+            first_rows=first_rows[some],
+        )
+
+
+def _some_at_a_time(moments: Sequence[Tensor]) -> Iterator[slice]:
+    """Slices of a list of matrices: one by one on a CPU, elsewhere about as many as have _VALUES_AT_A_TIME."""
+    start, values = 0, 0
+    limit = 1 if moments[0].device.type == "cpu" else _VALUES_AT_A_TIME
+    for index, moment in enumerate(moments, start=1):
+        values += moment.numel()
+        if values >= limit or index == len(moments):
+            yield slice(start, index)
+            start, values = index, 0
+
+
+def _shaped_like(tensors: Sequence[Tensor], values: Tensor) -> list[Tensor]:
+    """The values (a vector) as tensors of the shapes of these, one after another."""
+    parts = values.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 _TENSORS = (
-    "Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? exp_avg_absmax,"
-    " Tensor(e!)? exp_avg_sq_absmax, Tensor? signed_codes, Tensor? unsigned_codes"
+    "Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor(d!)[] exp_avg_absmaxs, Tensor(e!)[] exp_avg_sq_absmaxs, Tensor? signed_codes, Tensor? unsigned_codes"
 )
 _RULE = "float lr, float beta1, float beta2, float eps, float steps"
 
 _adamw_: Callable[..., None] = native.define(
-    f"adamw_({_TENSORS}, {_RULE}, float decay, int[]? key, int first_row) -> ()", _adamw_reference, lambda *_: None
+    f"adamw_({_TENSORS}, {_RULE}, float decay, int[]? key, int[] parameters, int[] first_rows) -> ()",
+    _adamw_reference,
+    lambda *_: None,
 )
 _lowrank_adamw_: Callable[..., None] = native.define(
-    "lowrank_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    " Tensor(d!)[] exp_avg_absmaxs, Tensor(e!)[] exp_avg_sq_absmaxs, Tensor? signed_codes, Tensor? unsigned_codes,"
-    f" Tensor[] bases, Tensor[] basis_scales, int basis_bits, bool right, bool in_bfloat16, {_RULE}, float scale,"
-    " float decay, int[]? key, int[] parameters, int[] first_rows, int[] first_moment_rows) -> ()",
+    f"lowrank_adamw_({_TENSORS}, Tensor[] bases, Tensor[] basis_scales, int basis_bits, bool right, bool in_bfloat16,"
+    f" {_RULE}, float scale, float decay, int[]? key, int[] parameters, int[] first_rows, int[] first_moment_rows)"
+    " -> ()",
     _lowrank_adamw_reference,
     lambda *_: None,
 )

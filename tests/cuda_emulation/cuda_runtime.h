@@ -19,6 +19,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static  // one block at a time
 
 struct dim3 {
@@ -114,11 +115,12 @@ class Block {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, bool downwards, Arguments... arguments) {
   gridDim = grid;
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx.x = x;
-      blockIdx.y = y;
-      Block(threads, downwards, [&] { kernel(arguments...); }).run();
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = {x, y, z};
+        Block(threads, downwards, [&] { kernel(arguments...); }).run();
+      }
     }
   }
 }

@@ -100,3 +100,18 @@ def test_a_step_allocates_no_matrix(dtype):
     optimizer.step()
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < weight.numel()
+
+
+@pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreAdamW8bit])
+def test_many_matrices_take_few_launches(cls):
+    """A product of each, the copy of its basis in bfloat16, and a few launches for all 48 together."""
+    weights = [Parameter(torch.randn(256, 128 + 64 * (index % 2), device="cuda").bfloat16()) for index in range(48)]
+    optimizer = cls([{"params": weights, "rank": 16, "update_proj_gap": 100, "proj_type": "right"}], lr=1e-3)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    assert sum(event.count for event in profile.key_averages() if event.self_device_time_total > 0) <= 2 * 48 + 20

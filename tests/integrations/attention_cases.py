@@ -80,6 +80,7 @@ UNREACHABLE = {
     "gptj": ("GPTJConfig", {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}),
     "codegen": ("CodeGenConfig", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}),
     "gpt_neo": ("GPTNeoConfig", {"num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]}),
+    "big_bird": ("BigBirdConfig", {"is_decoder": True, "attention_type": "original_full", "use_cache": False}),
     "xglm": ("XGLMConfig", {"d_model": 32, "num_layers": 1, "attention_heads": 2, "ffn_dim": 32}),
 }
 MODELS = DECODERS | EAGER_ALONE | ENCODERS | UNREACHABLE

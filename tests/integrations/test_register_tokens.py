@@ -284,6 +284,12 @@ def test_models_that_cannot_have_them_are_named():
             ValueError, match="cannot have register tokens: it is neither a decoder with attention nor a"
         ):
             hf_galore.add_register_tokens(other)
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    low_rank = {"q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 1, "head_dim": 16, "num_key_value_heads": 1}
+    deepseek = AutoModel.from_config(CONFIG_MAPPING["deepseek_v4"](vocab_size=9, **sizes, **low_rank))
+    with pytest.raises(ValueError, match="cannot have register tokens: it does not run on embeddings"):
+        hf_galore.add_register_tokens(deepseek)
+    assert not any(hasattr(module, CHILD) for module in deepseek.modules())
     with pytest.raises(TypeError, match="Linear is not a model of transformers"):
         hf_galore.add_register_tokens(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="LlamaForCausalLM has register tokens already"):

@@ -104,15 +104,10 @@ int64_t rows_at_a_time(const AdamWRule& rule, int64_t tile_rows) {
   return std::max<int64_t>(1, 24 * 1024 / std::max<int64_t>(1, rule.cols()) / unit) * unit;
 }
 
-void adamw_(Tensor weight, Tensor grad, Tensor first, Tensor second, std::optional<Tensor> first_scales,
-            std::optional<Tensor> second_scales, std::optional<Tensor> signed_codes, std::optional<Tensor> unsigned_codes,
-            double lr, double beta1, double beta2, double eps, double steps, double decay,
-            Key key, int64_t first_row) {
-  const AdamWRule rule(grad, first, second, first_scales, second_scales, signed_codes, unsigned_codes, lr, beta1, beta2,
-                       eps, steps, key, first_row);
+// W <- decay W - lr N, all of N's rows that fit into the cache just before those of W.
+void step_(const AdamWRule& rule, const Tensor& weight, const Words& words, double decay) {
   const Matrix target = dense_rows(weight, "weight");
   check_shape(weight, rule.rows(), rule.cols(), "weight");
-  const ColumnWords words(key, 0, target, first_row);
   const int64_t height = rows_at_a_time(rule, 1), workers = workers_for(target.rows, 8 * target.cols);
   Scratch deltas(workers * height * rule.cols());
   divide(workers, target.rows, rule.unit(), [&](int64_t worker, int64_t first_of_all, int64_t last) {
@@ -121,9 +116,24 @@ void adamw_(Tensor weight, Tensor grad, Tensor first, Tensor second, std::option
     for (int64_t row = first_of_all; row < last; row += height) {
       const int64_t end = std::min(row + height, last);
       rule(row, end, values);
-      kernels().add({target, delta, row, 1.0f, static_cast<float>(decay), false, words.words()}, row, end);
+      kernels().add({target, delta, row, 1.0f, static_cast<float>(decay), false, words}, row, end);
     }
   });
+}
+
+void adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> first,
+            std::vector<Tensor> second, std::vector<Tensor> first_scales, std::vector<Tensor> second_scales,
+            std::optional<Tensor> signed_codes, std::optional<Tensor> unsigned_codes, double lr, double beta1,
+            double beta2, double eps, double steps, double decay, Key key, std::vector<int64_t> parameters,
+            std::vector<int64_t> first_rows) {
+  check_lists(weights.size(), {&grads, &first, &second}, {&first_scales, &second_scales}, {&parameters, &first_rows});
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Key own = key_of(key, parameters[i]);
+    const AdamWRule rule(grads[i], first[i], second[i], element(first_scales, i), element(second_scales, i),
+                         signed_codes, unsigned_codes, lr, beta1, beta2, eps, steps, own, first_rows[i]);
+    const ColumnWords words(own, 0, dense_rows(weights[i], "weight"), first_rows[i]);
+    step_(rule, weights[i], words.words(), decay);
+  }
 }
 
 // What the matrices of one call of lowrank_adamw_ have in common.
@@ -237,11 +247,6 @@ void write_back_in_bfloat16(const AdamWRule& rule, const Tensor& weight, const W
   }
 }
 
-// A list that has an element for each matrix, or none at all.
-std::optional<Tensor> element(const std::vector<Tensor>& tensors, size_t index) {
-  return tensors.empty() ? std::nullopt : std::optional<Tensor>(tensors[index]);
-}
-
 void lowrank_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> first,
                     std::vector<Tensor> second, std::vector<Tensor> first_scales, std::vector<Tensor> second_scales,
                     std::optional<Tensor> signed_codes, std::optional<Tensor> unsigned_codes, std::vector<Tensor> bases,
@@ -249,23 +254,14 @@ void lowrank_adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, std:
                     double beta1, double beta2, double eps, double steps, double scale, double decay, Key key,
                     std::vector<int64_t> parameters, std::vector<int64_t> first_rows,
                     std::vector<int64_t> first_moment_rows) {
-  const size_t count = weights.size();
-  for (const std::vector<Tensor>* list : {&grads, &first, &second, &bases}) {
-    STD_TORCH_CHECK(list->size() == count, "the lists must have one tensor for each weight");
-  }
-  for (const std::vector<Tensor>* list : {&first_scales, &second_scales, &basis_scales}) {
-    STD_TORCH_CHECK(list->empty() || list->size() == count, "the lists of scales must be empty or as long as the others");
-  }
-  for (const std::vector<int64_t>* list : {&parameters, &first_rows, &first_moment_rows}) {
-    STD_TORCH_CHECK(list->size() == count, "the lists must have one number for each weight");
-  }
-  STD_TORCH_CHECK(!key || key->size() == 2, "key must have two numbers: seed, step");
+  check_lists(weights.size(), {&grads, &first, &second, &bases}, {&first_scales, &second_scales, &basis_scales},
+              {&parameters, &first_rows, &first_moment_rows});
   const Together all{right, in_bfloat16, scale, decay};
-  for (size_t i = 0; i < count; ++i) {
+  for (size_t i = 0; i < weights.size(); ++i) {
     const Matrix target = dense_rows(weights[i], "weight");
     check_shape(grads[i], target.rows, target.cols, "grad");
     const Basis basis(bases[i], element(basis_scales, i), basis_bits, right ? target.cols : target.rows);
-    const Key own = key ? Key({(*key)[0], (*key)[1], parameters[i]}) : Key();
+    const Key own = key_of(key, parameters[i]);
     const ColumnWords words(own, 0, target, first_rows[i]);
     const auto rule_of = [&](const Tensor& low) {
       return AdamWRule(low, first[i], second[i], element(first_scales, i), element(second_scales, i), signed_codes,

@@ -11,14 +11,13 @@
 #include <optional>
 #include <vector>
 
-#include "kernels.h"
+#include "../lists.h"
 #include "../words.h"
+#include "kernels.h"
 
 namespace hf_galore {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Key = std::optional<std::vector<int64_t>>;  // seed, step, parameter; none rounds to nearest
 
 inline Type type_of(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();

@@ -42,12 +42,21 @@ struct Weight {
 
 constexpr int THREADS = 128, WIDTH = 4, ROWS = 16;  // as in elementwise.cuh
 
-// grad, first and second (rows, cols), contiguous.
+// One matrix: grad, first and second (rows, cols), contiguous.
+template <class Rounding, class Grad, class OfWeight>
+struct Floats {
+  const Grad* grad;
+  typename Rounding::Kept *first, *second;
+  Weight<OfWeight> weight;
+  int64_t rows, cols;
+  Keys of_first, of_second;
+};
+
 template <class Rounding, class Grad, class OfWeight>
 __global__ void __launch_bounds__(THREADS)
-    adamw_kernel(const Grad* grad, typename Rounding::Kept* first, typename Rounding::Kept* second,
-                 Weight<OfWeight> weight, int64_t rows, int64_t cols, Rule rule, Keys of_first, Keys of_second) {
+    adamw_kernel(const __grid_constant__ Group<Floats<Rounding, Grad, OfWeight>> group, const Rule rule) {
   using Kept = typename Rounding::Kept;
+  const auto& [grad, first, second, weight, rows, cols, of_first, of_second] = group.items[blockIdx.z];
   const int64_t col = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * WIDTH;
   if (col >= cols) return;
   uint32_t first_cols[WIDTH] = {}, second_cols[WIDTH] = {};
@@ -131,12 +140,20 @@ __device__ __forceinline__ void quantize(float value, bool is_there, int64_t at,
   moment.codes[at] = static_cast<uint8_t>(moment.is_signed || code > 0 || !(value > 0.0f) ? code : 1);
 }
 
-// grad is contiguous, in `lines` of `length`; no block of codes crosses a line. A block of threads has a block of codes,
-// one thread a value. `cols` is the length of a row.
+// One matrix: grad is contiguous, in `lines` of `length`; no block of codes crosses a line. `cols` is the length of a row.
+template <class Grad, class OfWeight>
+struct Blocks {
+  const Grad* grad;
+  Moment first, second;
+  Weight<OfWeight> weight;
+  int64_t lines, length, cols;
+};
+
+// A block of threads has a block of codes, one thread a value.
 template <class Grad, class OfWeight>
 __global__ void __launch_bounds__(BLOCK)
-    adamw_blocks_kernel(const Grad* grad, Moment first, Moment second, Weight<OfWeight> weight, int64_t lines,
-                        int64_t length, int64_t cols, Rule rule) {
+    adamw_blocks_kernel(const __grid_constant__ Group<Blocks<Grad, OfWeight>> group, const Rule rule) {
+  const auto& [grad, first, second, weight, lines, length, cols] = group.items[blockIdx.z];
   __shared__ float of_warps[WARPS];
   const int64_t in_line = (length + BLOCK - 1) / BLOCK;
   for (int64_t block = blockIdx.x; block < lines * in_line; block += gridDim.x) {

@@ -15,13 +15,14 @@
 #include <type_traits>
 #include <vector>
 
+#include "../lists.h"
 #include "numbers.cuh"
 
 namespace hf_galore {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Key = std::optional<std::vector<int64_t>>;  // seed, step, parameter; none rounds to nearest
+
+constexpr int64_t GRID_Y = 65535;  // what a grid can have downwards
 
 // Makes a tensor's device the current one while it lives, and knows the stream that torch uses there.
 class OnDevice {

@@ -105,10 +105,20 @@ struct Right {
   }
 };
 
+// One matrix W and its factors.
+struct Product {
+  __nv_bfloat16* weight;
+  int64_t weight_stride;
+  Factor left, right;
+  int64_t m, n, k;
+  Keys keys;
+};
+
+// The grid is as large as the largest of the matrices.
 template <class Rounding, bool LEFT_BY_ROWS, bool RIGHT_BY_ROWS>
 __global__ void __launch_bounds__(THREADS, 2)
-    add_lowrank_kernel(__nv_bfloat16* weight, int64_t weight_stride, Factor left, Factor right, int64_t m, int64_t n,
-                       int64_t k, float alpha, float beta, Keys keys) {
+    add_lowrank_kernel(const __grid_constant__ Group<Product> group, const float alpha, const float beta) {
+  const auto& [weight, weight_stride, left, right, m, n, k, keys] = group.items[blockIdx.z];
   using A = Left<LEFT_BY_ROWS>;
   using B = Right<RIGHT_BY_ROWS>;
   constexpr int SIZE_A = A::Registers::SIZE, SIZE_B = B::Registers::SIZE;
@@ -118,6 +128,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * BLOCK_M;
   const int64_t first_col = static_cast<int64_t>(blockIdx.x) * BLOCK_N;
+  if (first_row >= m || first_col >= n) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_row = warp / (BLOCK_N / WARP_N) * WARP_M, warp_col = warp % (BLOCK_N / WARP_N) * WARP_N;
   if (Rounding::takes_bits && threadIdx.x < BLOCK_M) {

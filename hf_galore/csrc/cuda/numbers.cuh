@@ -81,4 +81,12 @@ __device__ __forceinline__ void store(T* address, const Pack<T, COUNT>& pack, in
   }
 }
 
+// What one launch goes for: blockIdx.z chooses. By value, so that it lies in a kernel's constant memory (4 KB of it).
+template <class Item>
+struct Group {
+  static constexpr int MOST = 24;
+  Item items[MOST];
+  static_assert(sizeof(Item) * MOST <= 3840, "a group and what comes with it must fit into a kernel's parameters");
+};
+
 }  // namespace hf_galore
