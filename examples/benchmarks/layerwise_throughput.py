@@ -1,6 +1,9 @@
 """Tokens per second of full AdamW, LoRA, galore-torch and hf_galore under the Trainer, side by side on the same model.
 
     python examples/benchmarks/layerwise_throughput.py      # writes results/layerwise_throughput.csv, resumable
+    python examples/benchmarks/layerwise_throughput.py --out examples/benchmarks/results/layerwise_native.csv \\
+        --rows 60m/32/float32/trained 60m/128/float32/trained \\
+        --methods galore_adamw_layerwise "galore_adamw_layerwise, references"      # what native ops are worth
 
 A row is a shape, a rank, a dtype of the weights and what becomes of embeddings, head and norms: `frozen` in all
 methods, or `trained` in all but LoRA, which then has less to do than the others. It is measured in a process of its
@@ -38,6 +41,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import hf_galore
+from hf_galore import native
 from hf_galore.cli.env import environment
 
 RESULTS = Path(__file__).parent / "results" / "layerwise_throughput.csv"
@@ -66,6 +70,7 @@ class Method:
     registered: bool = False  # hf_galore stands behind the optimizer's name
     lora: bool = False
     more: str = ""  # optim_args beside rank and update_proj_gap
+    native: bool = True  # with the compiled ops, or else with their references in Python
 
 
 # A refresh from the gradient is all in one step. A streaming one starts at the end of the step before, where the
@@ -79,6 +84,9 @@ METHODS = {
     "galore_adamw_layerwise": Method("galore_adamw_layerwise", STREAMING, registered=True, more=", stagger=false"),
     "galore_adamw_layerwise, share_inputs": Method(
         "galore_adamw_layerwise", STREAMING, registered=True, more=", stagger=false, share_inputs=true"
+    ),
+    "galore_adamw_layerwise, references": Method(
+        "galore_adamw_layerwise", STREAMING, registered=True, more=", stagger=false", native=False
     ),
     "galore_adamw, randomized": Method(
         "galore_adamw", IN_ONE_STEP, registered=True, more=", subspace=randomized, moments=keep"
@@ -172,6 +180,8 @@ def train(row: Row, method: Method) -> dict[str, float]:
         if method.registered:
             hf_galore.register()
             stack.callback(hf_galore.unregister)
+        if not method.native:
+            stack.enter_context(native.references_only())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         trainer = TimedTrainer(model, arguments(row, method, folder), train_dataset=RandomTokens())
         trainer.remove_callback(PrinterCallback)
@@ -370,7 +380,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW", help=f"of {list(rows)}")
     more = [name for name in METHODS if name not in BASELINES.values()]
     parser.add_argument(
-        "--methods", nargs="+", choices=more, default=more, metavar="METHOD", help=f"beside the baselines: of {more}"
+        "--methods",
+        nargs="+",
+        choices=more,
+        default=[name for name in more if METHODS[name].native],
+        metavar="METHOD",
+        help=f"beside the baselines: of {more} (all with native ops)",
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each method in a row (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")

@@ -90,19 +90,22 @@ class StraightThrough(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(tokens, a, matrix, s)
         ctx.x_dtype, ctx.weight_dtype, ctx.bias_dtype = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        product = _product_dtype(dtype, x.device)
         if a is not None and s is not None and multiplies_int8(tokens, matrix):
-            product = torch._int_mm(tokens.reshape(-1, tokens.shape[-1]), matrix.t())
-            y = (product.view(*tokens.shape[:-1], len(matrix)) * (s / a)).to(dtype)
+            sums = torch._int_mm(tokens.reshape(-1, tokens.shape[-1]), matrix.t())
+            y = (sums.view(*tokens.shape[:-1], len(matrix)) * (s / a)).to(dtype)
+        elif a is not None and s is not None and product == torch.float32:  # the same sums: integers below 2^24
+            y = (linear(tokens.to(product), matrix.to(product)) * (s / a)).to(dtype)
         else:
-            y = linear((tokens if a is None else tokens / a).to(dtype), matrix.to(dtype))
-            y = y if s is None else (y * s).to(dtype)
+            y = linear((tokens if a is None else tokens / a).to(product), matrix.to(product))
+            y = (y if s is None else y * s).to(dtype)
         return y if bias is None else y + bias.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         tokens, a, matrix, s = ctx.saved_tensors
-        product = product_dtype(gy.dtype, gy.device) if gy.device.type == "cpu" else gy.dtype
+        product = _product_dtype(gy.dtype, gy.device)
         gx = gw = gbias = None
         if ctx.needs_input_grad[0]:
             gx = gy.to(product) @ matrix.to(product)
@@ -113,6 +116,11 @@ class StraightThrough(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             gbias = gy.reshape(-1, gy.shape[-1]).sum(0).to(ctx.bias_dtype)
         return gx, gw, gbias, None, None, None, None, None
+
+
+def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision of products in floating point: on a CPU float32 for what it cannot multiply natively."""
+    return product_dtype(dtype, device) if device.type == "cpu" else dtype
 
 
 class RoundedInput(torch.autograd.Function):
