@@ -25,7 +25,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from hf_galore.attention.bias import Columns
 from hf_galore.attention.columns import Attended, with_columns
-from hf_galore.attention.fused import fused_with_columns
+from hf_galore.attention.fused import attended, fused_with_columns
 from hf_galore.attention.merge import column_scores, merge
 from hf_galore.integrations.attention import Attention, AttentionCall, Result
 
@@ -82,6 +82,8 @@ def _sdpa(call: AttentionCall, attention: Attention, columns: Columns) -> Result
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
     if not _fuses(call):
         return _column(call, attention, columns, causal)
+    if _is_step(call, columns):
+        return _step(call, columns), None
     return _fused(call, columns, causal and call.mask is None and call.query.shape[2] > 1), None
 
 
@@ -111,8 +113,7 @@ def _fused(call: AttentionCall, columns: Columns, causal: bool) -> Tensor:
     gate = None if columns.gate is None else columns.gate.to(score.dtype).view(1, -1, 1, 1)
     if causal:
         key, value = key[:, :, :length], value[:, :, :length]
-    if mask is not None and mask.dtype == torch.bool:
-        mask = query.new_zeros(()).masked_fill(~mask, -torch.inf)
+    mask = _added(mask, query)
     if groups == 1 or use_gqa_in_sdpa(mask, key, value):
         pass  # the kernel shares keys itself
     elif length == 1 and not is_torchdynamo_compiling():
@@ -123,6 +124,47 @@ def _fused(call: AttentionCall, columns: Columns, causal: bool) -> Tensor:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     out = fused_with_columns(query, key, value, mask, causal, scale, score, column_value, gate)
     return out.reshape(batch, heads, length, dim).transpose(1, 2).contiguous()
+
+
+def _is_step(call: AttentionCall, columns: Columns) -> bool:
+    """Whether this is a decoding step with one column, in one precision."""
+    return (
+        call.query.shape[2] == 1
+        and columns.n == 1
+        and columns.logit is None
+        and columns.key is not None
+        and columns.value is not None
+        and call.query.dtype == columns.key.dtype == columns.value.dtype
+        and call.query.dtype in (torch.float32, torch.float64)
+        and not torch.is_grad_enabled()
+        and not is_torchdynamo_compiling()
+    )
+
+
+def _step(call: AttentionCall, columns: Columns) -> Tensor:
+    """`_fused` where `_is_step`: so little is computed that the number of operators counts."""
+    query, key, value = call.query, call.key, call.value
+    mask, groups, scale = _added(call.mask, query), _groups(call), _scale(call)
+    batch, heads, _, dim = query.shape
+    assert columns.key is not None
+    assert columns.value is not None
+    shared = len(columns.key)  # heads of keys, each for as many of the queries
+    score = (query.reshape(batch, shared, -1, dim) * columns.key).sum(-1).mul_(scale)
+    if groups > 1 and not use_gqa_in_sdpa(mask, key, value):
+        query, mask = pack_gqa(query, groups), pack_gqa(mask, groups)
+    out, lse = attended(query, key, value, mask, scale)
+    mass = score.sub_(lse.reshape(score.shape)).sigmoid_()[..., None]
+    if columns.gate is not None:
+        mass = mass * columns.gate.to(mass.dtype).view(shared, -1, 1)
+    merged = out.reshape(batch, shared, -1, out.shape[-1]).lerp(columns.value, mass)
+    return merged.view(batch, 1, heads, -1)
+
+
+def _added(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """The mask as what is added to scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return query.new_zeros(()).masked_fill(~mask, -torch.inf)
 
 
 def _flex(call: AttentionCall, attention: Attention, columns: Columns) -> Result:

@@ -23,6 +23,14 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The kernel's own result (B, H, Q, e), without columns, and its log-sum-exp (B, H, Q)."""
+    out, lse = _flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    return out, lse
+
+
 def fused_with_columns(
     query: Tensor,
     key: Tensor,
@@ -57,7 +65,7 @@ def _forward(
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result, the kernel's own and its log-sum-exp, and the columns' share."""
-    out, lse = _flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    out, lse = attended(query, key, value, mask, scale, causal)
     share = (score - lse).sigmoid_()[..., None]
     mass = share if gate is None else share * gate
     return (out + mass * (column_value - out)).to(out.dtype), out, lse, share

@@ -22,8 +22,9 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from transformers import AttentionInterface, DynamicCache, StaticCache
 
 import hf_galore
-from hf_galore.attention.bias import KINDS, STARTS
+from hf_galore.attention.bias import KINDS, STARTS, Columns
 from hf_galore.integrations import attention
+from hf_galore.integrations import attention_bias_kernels as kernels
 
 pytestmark = pytest.mark.usefixtures("ours")
 
@@ -411,3 +412,30 @@ def test_copies_of_a_model_have_columns_of_their_own():
         module.kv_bias.key.data.neg_()
     assert torch.equal(outputs(model, **inputs), expected)
     assert not torch.equal(outputs(twin, **inputs), expected)
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("mask", [None, "seen", "added"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_decoding_step_is_what_any_number_of_queries_gets(heads, mask, gated):
+    """`_step`, which has few operators, against `_fused`."""
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(2, count, length, 8).double() for count, length in ((4, 1), (heads, 5), (heads, 5))
+    )
+    columns = Columns(
+        torch.randn(heads, 1, 8).double(),
+        torch.randn(heads, 1, 8).double(),
+        None,
+        torch.rand(4).double() if gated else None,
+        1,
+    )
+    masks = {"seen": torch.tensor([[1, 1, 0, 1, 1], [0, 0, 1, 1, 1]]).bool()[:, None, None]}
+    masks["added"] = torch.zeros(2, 1, 1, 5).double().masked_fill(~masks["seen"], -torch.inf)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4 // heads
+    call = attention.AttentionCall(module, "sdpa", query, key, value, masks.get(mask), {"scaling": 0.7})
+    assert not kernels._is_step(call, columns)
+    with torch.no_grad():
+        assert kernels._is_step(call, columns)
+        torch.testing.assert_close(kernels._step(call, columns), kernels._fused(call, columns, False), **EXACT)
