@@ -1,6 +1,7 @@
 """Milliseconds of a training step with BitLinear against nn.Linear and a plain straight-through layer, in one process.
 
     python examples/benchmarks/bitlinear_step.py      # two threads; writes results/bitlinear_step.csv, resumable
+    python examples/benchmarks/bitlinear_step.py --cases 60m --micro_batches 1 --rounds 2      # a part of it
 
 A row is a case (one layer of 2048 x 2048, or the 60m model of examples/presets.py), a number of tokens and of
 micro-batches in a step. nn.Linear and the straight-through layer have bfloat16 weights, BitLinear float32 masters; all
@@ -13,6 +14,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import result_file
@@ -32,12 +34,7 @@ from hf_galore.nn.bitlinear import BitLinear
 RESULTS = Path(__file__).parent / "results" / "bitlinear_step.csv"
 WIDTH, MODEL = 2048, "60m"
 KINDS = ("nn.Linear", "straight-through", "BitLinear")
-CASES = [
-    (name, tokens, micro_batches)
-    for name in (f"layer {WIDTH} x {WIDTH}", MODEL)
-    for tokens in (128, 512, 2048)
-    for micro_batches in (1, 8)
-]
+NAMES, TOKENS, MICRO_BATCHES = (f"layer {WIDTH} x {WIDTH}", MODEL), (128, 512, 2048), (1, 8)
 
 
 class StraightThroughLinear(nn.Linear):
@@ -54,12 +51,15 @@ class StraightThroughLinear(nn.Linear):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (%(default)s)")
+    parser.add_argument("--cases", nargs="+", choices=NAMES, default=NAMES, help="(all)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="of a micro-batch (%(default)s)")
+    parser.add_argument("--micro_batches", nargs="+", type=int, default=MICRO_BATCHES, help="in a step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each kind (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the CSV (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     done = {(row["case"], int(row["tokens"]), int(row["micro_batches"])) for row in result_file.read(options.results)}
-    for case in CASES:
+    for case in product(options.cases, options.tokens, options.micro_batches):
         if case not in done:
             result_file.append(options.results, measure(*case, options.rounds))
 

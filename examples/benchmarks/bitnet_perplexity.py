@@ -151,20 +151,26 @@ def matrix_rate(optim: str, settings: dict) -> float:
 
 
 def table(lines: list[tuple[Run, float]]) -> str:
-    """Means over the seeds in Markdown, by text, with the gap to full precision by the same optimizer."""
+    """Means over the seeds in Markdown, by text, and of each seed's gap to full precision by the same optimizer."""
     rows = ["| text | method | perplexity | n | to full precision |", "|---|---|---|---|---|"]
     for text in dict.fromkeys(run.text for run, _ in lines):
-        means: dict[str, float] = {}
+        found: dict[str, dict[int, float]] = {}  # by method and seed
         for name, method in METHODS.items():
             factor = best_factor(name, lines)
-            found = [value for run, value in lines if (run.method, run.factor, run.text) == (name, factor, text)]
-            if found:
-                means[name] = mean(found)
-                spread = f" ± {stdev(found):.2f}" if len(found) > 1 else ""
-                dense = next(one for one, other in METHODS.items() if other == (method.optim, False))
-                gap = f"{100 * (means[name] / means[dense] - 1):+.1f} %" if dense in means else ""
-                rows.append(f"| {text} | {name} | {means[name]:.2f}{spread} | {len(found)} | {gap} |")
+            found[name] = {run.seed: value for run, value in lines if run[:3] == (name, factor, text)}
+            if found[name]:
+                cells = [text, name, with_spread(list(found[name].values()), ".2f"), str(len(found[name]))]
+                dense = next(found[one] for one, other in METHODS.items() if other == (method.optim, False))
+                gaps = [100 * (value / dense[seed] - 1) for seed, value in found[name].items() if seed in dense]
+                cells.append(f"{with_spread(gaps, '+.1f')} %" if gaps and method.bitlinear else "")
+                rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def with_spread(values: list[float], form: str) -> str:
+    """Mean ± standard deviation."""
+    spread = f" ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}"
 
 
 if __name__ == "__main__":
