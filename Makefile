@@ -7,10 +7,11 @@
 #   make install                   .venv for development (what test and lint need)
 #   make clean                     remove what builds and tests leave behind; .venv stays
 # Another Python: make test PYTHON=python3.12
+# Tests run in the order of the files: by their number of tests, xdist would start the long launches last and wait for one.
 
 PYTHON ?= python3
 ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin
