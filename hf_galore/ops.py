@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_galore import native
-from hf_galore.rounding import RoundingKey, bits_of, key_numbers, key_parts, random_words, round_stochastic
+from hf_galore.rounding import RoundingKey, bits_of, key_numbers, key_of, key_parts, random_words, round_stochastic
 
 BLOCK_ELEMENTS = 1 << 18  # a few float32 temporaries of this size stay in a CPU's second-level cache
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of what the native ops take
@@ -102,13 +102,14 @@ def add_lowrank_(
         return
     product = product_dtype(weight.dtype, weight.device)
     left, right = left.to(product), right.to(product)
+    numbers, (common, parameters) = key_numbers(key), key_parts(key)
 
     def add(weight: Tensor, left: Tensor, right: Tensor, first_row: int) -> None:
         if product == torch.bfloat16:
-            _add_bfloat16_lowrank_([weight], [left], [right], alpha, beta, *key_parts(key), [first_row])
+            _add_bfloat16_lowrank_([weight], [left], [right], alpha, beta, common, parameters, [first_row])
         else:
             one = _add_lowrank_ if weight.dtype in NATIVE_DTYPES else _add_lowrank_reference
-            one(weight, left, right, alpha, beta, key_numbers(key), first_row)
+            one(weight, left, right, alpha, beta, numbers, first_row)
 
     if weight.dim() == 2 and weight.stride(1) == 1:
         add(weight, left, right, first_row)
@@ -138,8 +139,7 @@ def add_lowrank_each_(
         _add_bfloat16_lowrank_(weights, lefts, rights, alpha, beta, key, parameters, first_rows)
         return
     for weight, (left, right), parameter, row in zip(weights, factors, parameters, first_rows, strict=True):
-        own = None if key is None else RoundingKey(key[0], key[1], parameter)
-        add_lowrank_(weight, left, right, alpha=alpha, beta=beta, key=own, first_row=row)
+        add_lowrank_(weight, left, right, alpha=alpha, beta=beta, key=key_of(key, parameter), first_row=row)
 
 
 def _add_lowrank_reference(
@@ -176,7 +176,7 @@ def _add_bfloat16_lowrank_reference(
     """Of each matrix the product of some rows at a time, in bfloat16, and the write-back of these."""
     for weight, left, right, parameter, row in zip(weights, lefts, rights, parameters, first_rows, strict=True):
         step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
-        numbers = None if key is None else [*key, parameter]
+        numbers = key_numbers(key_of(key, parameter))
         for start in range(0, weight.shape[0], step):
             rows = slice(start, start + step)
             _add_(weight[rows], left[rows] @ right, alpha, beta, numbers, row + start)

@@ -5,7 +5,7 @@ device, and torch's global generator is left alone.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,11 @@ def key_parts(key: RoundingKey | None) -> tuple[list[int] | None, list[int]]:
     """The key as an op takes it that has one (seed, step) for all parameters, and a list of these."""
     numbers = key_numbers(key)
     return (None, [0]) if numbers is None else (numbers[:2], numbers[2:])
+
+
+def key_of(common: Sequence[int] | None, parameter: int) -> RoundingKey | None:
+    """The key of one parameter, of the (seed, step) that all have in common: what `key_parts` took apart."""
+    return None if common is None else RoundingKey(common[0], common[1], parameter)
 
 
 def signed_words(numbers: Iterable[int]) -> list[int]:

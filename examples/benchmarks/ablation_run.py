@@ -35,7 +35,7 @@ REWARM = 10  # steps in which the adapters' rate grows again after a merge of Re
 class Method(NamedTuple):
     """What trains the matrices, and the method whose rates do where there is no grid of its own."""
 
-    kind: str  # adamw, galore (from full gradients), layerwise (projected backward), inputs (the same), lora, relora
+    kind: str  # adamw, galore (full gradients), layerwise (projected backward), inputs (`use_inputs`), lora, relora
     options: dict[str, Any]  # group keys of galore, arguments of `enable`
     tuned_like: str = ""
 

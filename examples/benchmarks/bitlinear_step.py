@@ -11,7 +11,6 @@ every forward pass, `x + (Q(x) - x).detach()`. The three take turns, and the fig
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import result_file
 import torch
+from conditions import conditions
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from turns import median_seconds
@@ -28,7 +28,6 @@ from presets import PRESETS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_galore import replace_linear
-from hf_galore.cli.env import environment
 from hf_galore.nn.bitlinear import BitLinear
 
 RESULTS = Path(__file__).parent / "results" / "bitlinear_step.csv"
@@ -77,11 +76,7 @@ def measure(case: str, tokens: int, micro_batches: int, rounds: int) -> dict[str
         **{f"{kind} ms": f"{1e3 * seconds[kind]:.1f}" for kind in KINDS},
         **{f"{kind} / nn.Linear": f"{seconds[kind] / seconds['nn.Linear']:.2f}" for kind in KINDS[1:]},
         "rounds": rounds,
-        "load": f"{load:.2f}-{os.getloadavg()[0]:.2f}",
-        "device": environment()["devices"]["cpu"],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "command": shlex.join(["python", *sys.argv]),
+        **conditions(load),
     }
 
 

@@ -15,7 +15,6 @@ product), and the bound is their sum.
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import NamedTuple
 
 import result_file
 import torch
+from conditions import conditions
 from torch import Tensor
 from torch.nn import Parameter
 from turns import median_seconds
@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from presets import PRESETS
 
 from hf_galore import GaLoreAdamW, GaLoreAdamW8bit, native
-from hf_galore.cli.env import environment
 from hf_galore.ops import product_dtype
 from hf_galore.subspace import resolve_side
 
@@ -113,11 +112,7 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
         "part of bound": f"{bound / seconds['native']:.2f}",
         "rounds": rounds,
         "kernels": native.cpu_kernels(),
-        "load": f"{load:.2f}-{os.getloadavg()[0]:.2f}",
-        "device": environment()["devices"]["cpu"],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "command": shlex.join(["python", *sys.argv]),
+        **conditions(load),
     }
 
 

@@ -9,16 +9,14 @@ what Python spends between them is not in it.
 
 import argparse
 import os
-import shlex
-import sys
 from pathlib import Path
 
 import result_file
 import torch
+from conditions import conditions
 from refresh_time import CASES, gradient
 from torch.profiler import ProfilerActivity, profile
 
-from hf_galore.cli.env import environment
 from hf_galore.subspace import SUBSPACES, refresh, resolve_side
 
 RESULTS = Path(__file__).parent / "results" / "refresh_shares.csv"
@@ -42,11 +40,7 @@ def main() -> None:
             **case._asdict(),
             "rounds": options.rounds,
             **shares(*case[:3], options.rounds),
-            "load": f"{load:.2f}-{os.getloadavg()[0]:.2f}",
-            "device": environment()["devices"]["cpu"],
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "command": shlex.join(["python", *sys.argv]),
+            **conditions(load),
         }
         result_file.append(options.results, row)
 

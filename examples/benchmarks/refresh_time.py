@@ -11,8 +11,6 @@ Energy is relative to svd's. Where the previous basis is out of date, a warm ref
 
 import argparse
 import os
-import shlex
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -21,8 +19,8 @@ from typing import NamedTuple
 
 import result_file
 import torch
+from conditions import conditions
 
-from hf_galore.cli.env import environment
 from hf_galore.subspace import SUBSPACES, captured_energy, refresh, resolve_side
 
 RESULTS = Path(__file__).parent / "results" / "refresh_time.csv"
@@ -93,11 +91,7 @@ def measure(rows: int, cols: int, rank: int, rounds: int) -> dict[str, object]:
         **{f"svd / {name}": f"{seconds['svd'] / seconds[name]:.1f}" for name in METHODS[1:]},
         **{f"{name} energy": f"{energy[name] / energy['svd']:.5f}" for name in METHODS[1:]},
         "old basis energy": f"{float(captured_energy(grad, old, side)) / energy['svd']:.5f}",
-        "load": f"{load:.2f}-{os.getloadavg()[0]:.2f}",
-        "device": environment()["devices"]["cpu"],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "command": shlex.join(["python", *sys.argv]),
+        **conditions(load),
     }
 
 

@@ -22,7 +22,7 @@ from hf_galore.basis_store import Integer
 from hf_galore.ops import NATIVE_DTYPES, add_, add_lowrank_each_, product_dtype, scale_, width_of
 from hf_galore.optim import blockwise
 from hf_galore.optim.moments import Blockwise8bit, Float, MomentFormat, State
-from hf_galore.rounding import RoundingKey, key_parts, mix64, signed_words
+from hf_galore.rounding import RoundingKey, key_of, key_parts, mix64, signed_words
 from hf_galore.sides import Left, Right
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -200,7 +200,7 @@ def _adamw_reference(
     scales = zip(exp_avg_absmaxs or none, exp_avg_sq_absmaxs or none, strict=True)
     lists = (weights, grads, exp_avgs, exp_avg_sqs, scales, parameters, first_rows)
     for weight, grad, exp_avg, exp_avg_sq, of_both, parameter, first_row in zip(*lists, strict=True):
-        own = None if key is None else RoundingKey(key[0], key[1], parameter)
+        own = key_of(key, parameter)
         if weight.dtype == torch.float32:
             _change_moments(scale_(weight, decay), grad, exp_avg, exp_avg_sq, of_both, rule, own, first_row)
             continue

@@ -105,9 +105,7 @@ int64_t rows_at_a_time(const AdamWRule& rule, int64_t tile_rows) {
 }
 
 // W <- decay W - lr N, all of N's rows that fit into the cache just before those of W.
-void step_(const AdamWRule& rule, const Tensor& weight, const Words& words, double decay) {
-  const Matrix target = dense_rows(weight, "weight");
-  check_shape(weight, rule.rows(), rule.cols(), "weight");
+void step_(const AdamWRule& rule, const Matrix& target, const Words& words, double decay) {
   const int64_t height = rows_at_a_time(rule, 1), workers = workers_for(target.rows, 8 * target.cols);
   Scratch deltas(workers * height * rule.cols());
   divide(workers, target.rows, rule.unit(), [&](int64_t worker, int64_t first_of_all, int64_t last) {
@@ -131,8 +129,10 @@ void adamw_(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<
     const Key own = key_of(key, parameters[i]);
     const AdamWRule rule(grads[i], first[i], second[i], element(first_scales, i), element(second_scales, i),
                          signed_codes, unsigned_codes, lr, beta1, beta2, eps, steps, own, first_rows[i]);
-    const ColumnWords words(own, 0, dense_rows(weights[i], "weight"), first_rows[i]);
-    step_(rule, weights[i], words.words(), decay);
+    const Matrix target = dense_rows(weights[i], "weight");
+    check_shape(weights[i], rule.rows(), rule.cols(), "weight");
+    const ColumnWords words(own, 0, target, first_rows[i]);
+    step_(rule, target, words.words(), decay);
   }
 }
 
