@@ -32,10 +32,10 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: {type(model).__name__} is not a model of transformers (a PreTrainedModel)")
     found = {path: module for path, module in model.named_modules() if _asks_interface(type(module))}
-    if not found or not model._supports_attention_backend:
+    if not found:
         raise ValueError(
             f"model: {type(model).__name__} computes attention in its own code and not through transformers' "
-            "attention interface (_supports_attention_backend), where hf_galore could add to it"
+            "attention interface, where hf_galore could add to it"
         )
     return found
 

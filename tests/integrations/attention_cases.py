@@ -55,6 +55,8 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", {}),
     "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "phi": ("PhiConfig", _GROUPED),
+    "stablelm": ("StableLmConfig", _GROUPED),  # these two do not declare `_supports_attention_backend`
+    "biogpt": ("BioGptConfig", {"hidden_dropout_prob": 0.0}),
     "mixtral": ("MixtralConfig", _GROUPED | {"num_local_experts": 4}),
     "qwen3_moe": ("Qwen3MoeConfig", _GROUPED | _EXPERTS | {"head_dim": 8}),
     "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK),
