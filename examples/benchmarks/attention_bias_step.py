@@ -10,20 +10,18 @@ rounds. Rows that are in the CSV already are skipped.
 
 import argparse
 import os
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import result_file
 import torch
 import transformers
+from conditions import conditions
 from sink_cache import random_llama
 from transformers import DynamicCache, LlamaForCausalLM
 from turns import median_seconds
 
 import hf_galore
-from hf_galore.cli.env import environment
 
 RESULTS = Path(__file__).parent / "results" / "attention_bias_step.csv"
 KINDS = ("plain", "random", "noop")
@@ -98,12 +96,8 @@ def timed(steps: dict[str, Step], rounds: int) -> dict[str, object]:
         **{f"{kind} ms": f"{1e3 * value:.2f}" for kind, value in seconds.items()},
         **{f"{kind} / plain": f"{seconds[kind] / seconds['plain']:.3f}" for kind in KINDS[1:]},
         "rounds": rounds,
-        "load": f"{load:.2f}-{os.getloadavg()[0]:.2f}",
-        "device": environment()["devices"]["cpu"],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": shlex.join(["python", *sys.argv]),
+        **conditions(load),
     }
 
 

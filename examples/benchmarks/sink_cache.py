@@ -14,7 +14,6 @@ speed at every twentieth of the way.
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import result_file
 import torch
 import transformers
+from conditions import conditions
 from turns import median_seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +29,6 @@ from presets import PRESETS
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_galore import SinkCache
-from hf_galore.cli.env import environment
 from hf_galore.integrations.streaming import Meter, stream
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,17 +74,6 @@ def random_llama(shape: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def origin() -> dict[str, object]:
-    """Where a row comes from."""
-    return {
-        "device": environment()["devices"]["cpu"],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
 @torch.no_grad()
 def measure(model: LlamaForCausalLM, window: int, options: argparse.Namespace) -> dict[str, object]:
     """The row of a window."""
@@ -101,8 +89,8 @@ def measure(model: LlamaForCausalLM, window: int, options: argparse.Namespace) -
         "SinkCache / DynamicCache": f"{seconds['SinkCache'] / seconds['DynamicCache']:.3f}",
         "recomputation / SinkCache": f"{seconds['recomputation'] / seconds['SinkCache']:.2f}",
         "rounds": options.rounds,
-        "load": f"{load:.2f}-{os.getloadavg()[0]:.2f}",
-        **origin(),
+        "transformers": transformers.__version__,
+        **conditions(load),
     }
 
 
@@ -130,6 +118,7 @@ def steps_of(model: LlamaForCausalLM, prompt: torch.Tensor) -> dict[str, Callabl
 
 def endless(model: LlamaForCausalLM, options: argparse.Namespace) -> None:
     """Rows of memory and speed."""
+    load = os.getloadavg()[0]
     for window in options.windows:
         cache = SinkCache(model, N_SINK, window - N_SINK)
         meter = Meter(cache, every=max(1, options.endless // 20))
@@ -143,7 +132,8 @@ def endless(model: LlamaForCausalLM, options: argparse.Namespace) -> None:
                 "tokens_per_second": f"{figures.tokens_per_second:.1f}",
                 "cache_bytes": figures.cache_bytes,
                 "process_bytes": figures.process_bytes,
-                **origin(),
+                "transformers": transformers.__version__,
+                **conditions(load),
             }
             result_file.append(options.results / "sink_cache_memory.csv", row)
 
