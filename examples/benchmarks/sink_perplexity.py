@@ -7,7 +7,8 @@ The model is the demo of examples/pretrain.py (8.7 M parameters, context 256), t
 text. All methods then read the same held-out tokens as one stream and keep at most as many as the context:
 
 - `S + W`: SinkCache with S sinks and the last W tokens; S = 0 is a plain window, whose first keys leave.
-- `recomputation`: every token anew from the W before it, without a cache; for one token in --stride of them.
+- `recomputation`: every token anew from the W before it, without a cache; for one token in --stride of them, the only
+  ones that `at_recomputed` counts, of all methods.
 - `dense`: everything that came before, beyond the context it was trained on; up to --dense_tokens.
 
 What StreamingLLM (arXiv 2309.17453) reports, Llama-2-7B, sinks 0/1/2/4/8: 3360, 11.88, 10.51, 9.59, 9.54; Pythia-12B:
@@ -79,6 +80,7 @@ def measure_all(options: argparse.Namespace) -> None:
             continue
         positions, losses = losses_of(model, ids, context)
         inside = positions < context
+        recomputable = ~inside & ((positions - context) % options.stride == 0)
         edges = positions.float().div(ids.shape[1] / _BINS).long()
         curve = {int(edge): round(float(losses[edges == edge].mean()), 4) for edge in edges.unique()}
         row = {
@@ -89,6 +91,7 @@ def measure_all(options: argparse.Namespace) -> None:
             "perplexity": f"{math.exp(losses.mean()):.2f}",
             "within_context": f"{math.exp(losses[inside].mean()):.2f}" if inside.any() else "",
             "beyond_context": f"{math.exp(losses[~inside].mean()):.2f}" if not inside.all() else "",
+            "at_recomputed": f"{math.exp(losses[recomputable].mean()):.2f}" if recomputable.any() else "",
             "curve": json.dumps(curve),
             "parameters": model.num_parameters(),
             "steps": settings.max_steps,
@@ -152,7 +155,7 @@ def recomputed(model: LlamaForCausalLM, ids: Tensor, context: int, stride: int) 
 
 def table(rows: list[dict[str, str]]) -> str:
     """The CSV in Markdown."""
-    columns = ("method", "seed", "tokens", "perplexity", "within_context", "beyond_context")
+    columns = ("method", "seed", "tokens", "perplexity", "within_context", "beyond_context", "at_recomputed")
     lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -131,6 +131,9 @@ def test_perplexity_benchmark(tmp_path, run):
     }
     # Within the context all see the same.
     assert rows["0 + 32"]["within_context"] == rows["4 + 28"]["within_context"] == rows["dense"]["within_context"]
+    anew, sinks = rows["recomputation"], rows["4 + 28"]
+    assert anew["at_recomputed"] == anew["perplexity"]
+    assert float(sinks["at_recomputed"]) == pytest.approx(float(anew["perplexity"]), rel=0.05)  # of the same four
     assert (tmp_path / "out" / "sink_perplexity.png").stat().st_size > 1000
     result = run(script, *options, "--table")
     assert "| 4 + 28 | 0 | 199 |" in result.out
