@@ -123,6 +123,7 @@ def endless(model: LlamaForCausalLM, options: argparse.Namespace) -> None:
         cache = SinkCache(model, N_SINK, window - N_SINK)
         meter = Meter(cache, every=max(1, options.endless // 20))
         stream(model, torch.randint(model.config.vocab_size, (1, 8)), meter, options.endless, do_sample=False)
+        origin = {"transformers": transformers.__version__, **conditions(load)}
         for figures in meter.figures:
             row = {
                 "shape": options.shape,
@@ -132,8 +133,7 @@ def endless(model: LlamaForCausalLM, options: argparse.Namespace) -> None:
                 "tokens_per_second": f"{figures.tokens_per_second:.1f}",
                 "cache_bytes": figures.cache_bytes,
                 "process_bytes": figures.process_bytes,
-                "transformers": transformers.__version__,
-                **conditions(load),
+                **origin,
             }
             result_file.append(options.results / "sink_cache_memory.csv", row)
 

@@ -71,7 +71,8 @@ def measure_all(options: argparse.Namespace) -> None:
     )
     ids = torch.from_numpy(held_out.rows.reshape(1, -1)[:, : options.tokens].astype("int64"))
     methods = {f"{count} + {context - count}": partial(with_sinks, n_sink=count) for count in options.sinks}
-    methods |= {"recomputation": partial(recomputed, stride=options.stride)}
+    chosen = torch.arange(context, ids.shape[1], options.stride)
+    methods |= {"recomputation": partial(recomputed, positions=chosen)}
     methods |= {"dense": partial(dense, limit=options.dense_tokens)}
     path = options.results / "sink_perplexity.csv"
     done = {(row["method"], row["seed"], row["read"]) for row in result_file.read(path)}
@@ -80,7 +81,6 @@ def measure_all(options: argparse.Namespace) -> None:
             continue
         positions, losses = losses_of(model, ids, context)
         inside = positions < context
-        recomputable = ~inside & ((positions - context) % options.stride == 0)
         edges = positions.float().div(ids.shape[1] / _BINS).long()
         curve = {int(edge): round(float(losses[edges == edge].mean()), 4) for edge in edges.unique()}
         row = {
@@ -88,10 +88,10 @@ def measure_all(options: argparse.Namespace) -> None:
             "seed": options.seed,
             "read": ids.shape[1],
             "tokens": len(losses),
-            "perplexity": f"{math.exp(losses.mean()):.2f}",
-            "within_context": f"{math.exp(losses[inside].mean()):.2f}" if inside.any() else "",
-            "beyond_context": f"{math.exp(losses[~inside].mean()):.2f}" if not inside.all() else "",
-            "at_recomputed": f"{math.exp(losses[recomputable].mean()):.2f}" if recomputable.any() else "",
+            "perplexity": perplexity(losses),
+            "within_context": perplexity(losses[inside]),
+            "beyond_context": perplexity(losses[~inside]),
+            "at_recomputed": perplexity(losses[torch.isin(positions, chosen)]),
             "curve": json.dumps(curve),
             "parameters": model.num_parameters(),
             "steps": settings.max_steps,
@@ -114,6 +114,11 @@ def trained(options: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     if not (folder / "config.json").exists():
         pretrain.train(settings, "galore_adamw", lambda trainer, _: trainer.save_model(folder))
     return settings, folder
+
+
+def perplexity(losses: Tensor) -> str:
+    """As the CSV has it: nothing for no tokens."""
+    return f"{math.exp(losses.mean()):.2f}" if len(losses) else ""
 
 
 Losses = tuple[Tensor, Tensor]  # positions of the tokens that were predicted (n,), and nats (n,)
@@ -142,9 +147,8 @@ def dense(model: LlamaForCausalLM, ids: Tensor, context: int, limit: int) -> Los
 
 
 @torch.no_grad()
-def recomputed(model: LlamaForCausalLM, ids: Tensor, context: int, stride: int) -> Losses:
-    """Each token from the window before it, run anew."""
-    positions = torch.arange(context, ids.shape[1], stride)
+def recomputed(model: LlamaForCausalLM, ids: Tensor, context: int, positions: Tensor) -> Losses:
+    """The tokens at these positions, each from the window before it, run anew."""
     losses = []
     for group in positions.split(8):
         windows = torch.stack([ids[0, last - context : last] for last in group.tolist()])
