@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
@@ -30,16 +31,22 @@ class Figures(NamedTuple):
         )
 
 
-class Meter(BaseStreamer):
-    """A streamer for generate() that writes figures every `every` tokens, and the text if it has a tokenizer.
+def print_figures(figures: Figures) -> None:
+    """To standard error."""
+    print(f"[{figures}]", file=sys.stderr, flush=True)
 
-    The figures are kept in `figures`. Text goes to standard output, figures to `out`, by default standard error.
+
+class Meter(BaseStreamer):
+    """A streamer for generate() that hands figures to `report` every `every` tokens, by default to standard error.
+
+    With a tokenizer it writes the text to standard output, too.
     """
 
-    def __init__(self, cache: Any, tokenizer: Any = None, every: int = 100, out: TextIO | None = None) -> None:
-        self.cache, self.every, self.out = cache, every, out or sys.stderr
+    def __init__(
+        self, cache: Any, tokenizer: Any = None, every: int = 100, report: Callable[[Figures], None] = print_figures
+    ) -> None:
+        self.cache, self.every, self.report = cache, every, report
         self.text = None if tokenizer is None else TextStreamer(tokenizer, skip_prompt=True)
-        self.figures: list[Figures] = []
         self.tokens = -1  # the first call has the prompt
 
     def put(self, value: torch.Tensor) -> None:
@@ -52,8 +59,7 @@ class Meter(BaseStreamer):
         elif self.tokens % self.every == 0:
             now = time.perf_counter()
             speed = self.every / (now - self.start)
-            self.figures.append(Figures(self.tokens, speed, cache_bytes(self.cache), process_bytes()))
-            print(f"[{self.figures[-1]}]", file=self.out, flush=True)
+            self.report(Figures(self.tokens, speed, cache_bytes(self.cache), process_bytes()))
             self.start = now
 
     def end(self) -> None:

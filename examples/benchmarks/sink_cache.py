@@ -29,7 +29,7 @@ from presets import PRESETS
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_galore import SinkCache
-from hf_galore.integrations.streaming import Meter, stream
+from hf_galore.integrations.streaming import Figures, Meter, stream
 
 RESULTS = Path(__file__).parent / "results"
 WINDOWS = (256, 512, 1024)
@@ -117,14 +117,11 @@ def steps_of(model: LlamaForCausalLM, prompt: torch.Tensor) -> dict[str, Callabl
 
 
 def endless(model: LlamaForCausalLM, options: argparse.Namespace) -> None:
-    """Rows of memory and speed."""
+    """Rows of memory and speed, each written as soon as it is known."""
     load = os.getloadavg()[0]
     for window in options.windows:
-        cache = SinkCache(model, N_SINK, window - N_SINK)
-        meter = Meter(cache, every=max(1, options.endless // 20))
-        stream(model, torch.randint(model.config.vocab_size, (1, 8)), meter, options.endless, do_sample=False)
-        origin = {"transformers": transformers.__version__, **conditions(load)}
-        for figures in meter.figures:
+
+        def report(figures: Figures, window: int = window) -> None:
             row = {
                 "shape": options.shape,
                 "dtype": options.dtype,
@@ -133,9 +130,13 @@ def endless(model: LlamaForCausalLM, options: argparse.Namespace) -> None:
                 "tokens_per_second": f"{figures.tokens_per_second:.1f}",
                 "cache_bytes": figures.cache_bytes,
                 "process_bytes": figures.process_bytes,
-                **origin,
+                "transformers": transformers.__version__,
+                **conditions(load),
             }
             result_file.append(options.results / "sink_cache_memory.csv", row)
+
+        meter = Meter(SinkCache(model, N_SINK, window - N_SINK), every=max(1, options.endless // 20), report=report)
+        stream(model, torch.randint(model.config.vocab_size, (1, 8)), meter, options.endless, do_sample=False)
 
 
 if __name__ == "__main__":
