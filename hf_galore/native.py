@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-OPS_VERSION = 4  # of the schemas, and in the library's name: one that was built for others is not found
+OPS_VERSION = 5  # of the schemas, and in the library's name: one that was built for others is not found
 REQUIRE = "HF_GALORE_REQUIRE_NATIVE"
 _CPU_CHOICE, _CUDA_CHOICE = "HF_GALORE_CPU_KERNELS", "HF_GALORE_CUDA_KERNELS"
 _FOLDER = Path(__file__).parent

@@ -25,6 +25,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from hf_galore.attention.bias import Columns
 from hf_galore.attention.columns import Attended, with_columns
+from hf_galore.attention.decoding import merge_step
 from hf_galore.attention.fused import attended, fused_with_columns
 from hf_galore.attention.merge import column_scores, merge
 from hf_galore.integrations.attention import Attention, AttentionCall, Result
@@ -128,36 +129,30 @@ def _fused(call: AttentionCall, columns: Columns, causal: bool) -> Tensor:
 
 def _is_step(call: AttentionCall, columns: Columns) -> bool:
     """Whether this is a decoding step with one column, in one precision."""
+    dtype = call.query.dtype
     return (
         call.query.shape[2] == 1
         and columns.n == 1
         and columns.logit is None
         and columns.key is not None
         and columns.value is not None
-        and call.query.dtype == columns.key.dtype == columns.value.dtype
-        and call.query.dtype in (torch.float32, torch.float64)
+        and dtype == columns.key.dtype == columns.value.dtype
+        and (columns.gate is None or columns.gate.dtype == dtype)
+        and dtype in (torch.float32, torch.float64)
         and not torch.is_grad_enabled()
         and not is_torchdynamo_compiling()
     )
 
 
 def _step(call: AttentionCall, columns: Columns) -> Tensor:
-    """`_fused` where `_is_step`: so little is computed that the number of operators counts."""
-    query, key, value = call.query, call.key, call.value
-    mask, groups, scale = _added(call.mask, query), _groups(call), _scale(call)
-    batch, heads, _, dim = query.shape
-    assert columns.key is not None
-    assert columns.value is not None
-    shared = len(columns.key)  # heads of keys, each for as many of the queries
-    score = (query.reshape(batch, shared, -1, dim) * columns.key).sum(-1).mul_(scale)
-    if groups > 1 and not use_gqa_in_sdpa(mask, key, value):
-        query, mask = pack_gqa(query, groups), pack_gqa(mask, groups)
-    out, lse = attended(query, key, value, mask, scale)
-    mass = score.sub_(lse.reshape(score.shape)).sigmoid_()[..., None]
-    if columns.gate is not None:
-        mass = mass * columns.gate.to(mass.dtype).view(shared, -1, 1)
-    merged = out.reshape(batch, shared, -1, out.shape[-1]).lerp(columns.value, mass)
-    return merged.view(batch, 1, heads, -1)
+    """`_fused` where `_is_step`, with few operators."""
+    query, mask, groups, scale = call.query, _added(call.mask, call.query), _groups(call), _scale(call)
+    grouped = query
+    if groups > 1 and not use_gqa_in_sdpa(mask, call.key, call.value):
+        grouped, mask = pack_gqa(query, groups), pack_gqa(mask, groups)
+    out, lse = attended(grouped, call.key, call.value, mask, scale)
+    merged: Tensor = merge_step(out, lse, query, columns.key, columns.value, columns.gate, scale)
+    return merged
 
 
 def _added(mask: Tensor | None, query: Tensor) -> Tensor | None:
