@@ -108,12 +108,11 @@ class AttentionBias(nn.Module):
         def copied(param: nn.Parameter | None, *shape: int) -> Tensor | None:
             return None if param is None else param.to(device, copy=True).view(shape)
 
-        gate = copied(self.gate, heads.query)
         return Columns(
             key=copied(self.key, heads.key_value, n, heads.key_dim),
             value=copied(self.value, heads.key_value, n, heads.value_dim),
             logit=copied(self.logit, heads.query, n),
-            gate=None if gate is None else gate.tanh(),
+            gate=None if self.gate is None else self.gate.to(device).tanh(),
             n=n,
         )
 
