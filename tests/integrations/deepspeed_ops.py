@@ -59,6 +59,13 @@ def python(*arguments: str, **environment: str) -> str:
     return errors
 
 
+def remember_processor() -> None:
+    """DeepSpeed asks py-cpuinfo for each CPUAdam that it makes, which takes a process and a second each time."""
+    import cpuinfo
+
+    cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
+
+
 @cache
 def build_operators() -> None:
     """Compiles what is not there. A build that was killed leaves a lock that all later ones would wait for."""

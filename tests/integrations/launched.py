@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from deepspeed_ops import remember_processor
 from trainer_cases import logged, tokens
 from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
 
@@ -23,6 +24,7 @@ class ScriptArguments:
 
 
 def main() -> None:
+    remember_processor()
     script, args = HfArgumentParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses()
     ranks = args.world_size
     args.per_device_train_batch_size = script.batch // ranks

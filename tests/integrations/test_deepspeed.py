@@ -20,7 +20,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from deepspeed_ops import LIMIT, build_operators, locked, python
+from deepspeed_ops import LIMIT, build_operators, locked, python, remember_processor
 from torch.utils.data import DataLoader
 from trainer_cases import (
     RANK,
@@ -76,8 +76,9 @@ CHANGES = {
 }
 WAYS = ("train", "accumulate", "clip", "checkpointing")
 FLOAT32 = [
-    *itertools.product(ZERO, ["galore_adamw"], WAYS),
-    *itertools.product(ZERO, ["galore_adamw_layerwise"], ["train"]),  # the same engine by its own name
+    *itertools.product(ZERO, ["galore_adamw"], WAYS[:2]),
+    *itertools.product(("zero2", "zero3_offload"), ["galore_adamw"], WAYS[2:]),
+    *itertools.product(("zero2", "zero3"), ["galore_adamw_layerwise"], ["train"]),  # the same engine by its own name
     *((engine, "galore_adamw", "schedule") for engine in ("zero2_offload", "zero3")),
     *((engine, "galore_adamw_layerwise", "options") for engine in ("zero2", "zero3")),
     ("zero1", "galore_adamw", "std"),
@@ -87,15 +88,17 @@ FLOAT32 = [
 TERNARY_OFFLOAD = [("zero2_offload", "galore_adamw", "ternary"), ("zero3_offload", "galore_adamw", "ternary")]
 EIGHT_BITS = [
     *itertools.product(ZERO, ["galore_adamw_8bit"], ["train"]),
-    *itertools.product(("zero2", "zero3_offload"), ["galore_adamw_8bit"], WAYS[1:]),
+    *itertools.product(("zero2", "zero3_offload"), ["galore_adamw_8bit"], ["accumulate"]),
     ("zero2", "galore_adamw_8bit_layerwise", "train"),
 ]
 BFLOAT16 = [
-    *itertools.product(ZERO, ("galore_adamw", "galore_adamw_8bit"), ["bf16"]),
+    *itertools.product(ZERO, ["galore_adamw"], ["bf16"]),
+    *itertools.product(("zero2", "zero3_offload"), ["galore_adamw_8bit"], ["bf16"]),
     *((engine, "galore_adamw", "ternary, bf16") for engine in ("zero2", "zero3")),
 ]
 RESUMED = [
-    *itertools.product(ZERO, ("galore_adamw", "galore_adamw_8bit"), ["train"]),
+    *itertools.product(ZERO, ["galore_adamw"], ["train"]),
+    *itertools.product(("zero1", "zero2_offload", "zero3"), ["galore_adamw_8bit"], ["train"]),
     ("zero2", "galore_adamw_8bit_layerwise", "train"),
     ("zero3", "galore_adamw_layerwise", "options"),
     ("zero1", "galore_adamw", "bf16"),
@@ -316,9 +319,10 @@ def refusal_of_matrices() -> str:
 
 
 def main(output: Path) -> None:
-    gc.freeze()  # as _quick_collections of conftest.py
+    remember_processor()
     PartialState(backend="gloo")
     hf_galore.register()
+    gc.freeze()  # as _quick_collections of conftest.py
     if dist.get_world_size() == RANKS:
         results = {
             cell: result(trained(cell[1], output, change=cell[2], **settings(cell[0], cell[2])))

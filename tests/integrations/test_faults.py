@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from deepspeed_ops import ENVIRONMENT, build_operators
+from deepspeed_ops import ENVIRONMENT, build_operators, remember_processor
 from torchrun import leave_together, torchrun
 from trainer_cases import Run, assert_same, llama, tokens
 
@@ -42,72 +42,86 @@ def killed_while_saving(trainer: transformers.Trainer, output: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def trained(method: str, engine: str, folder: Path, resume: Any = None, **options: Any) -> dict[str, torch.Tensor]:
+    """The weights after a run of this rank and the others, put together."""
+    AcceleratorState._reset_state()
+    changes: dict[str, Any] = {"save_strategy": "steps", "save_steps": SAVE, "max_steps": STEPS}
+    if engine == "fsdp2":
+        changes |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+    if engine == "zero2":
+        PartialState(backend="gloo")
+        sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size"), "auto")
+        changes["deepspeed"] = {**sizes, "zero_optimization": {"stage": 2}}
+        changes["accelerator_config"] = {"use_configured_state": True}
+    args = Run(method, folder).arguments(**changes)
+    if engine == "fsdp2":
+        assert args.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = transformers.Trainer(model=llama(), args=args, train_dataset=tokens(), **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters() if UPDATE not in name}
+
+
 def main() -> None:
+    """A run that is killed; or what a restart meets, and a run that nothing happens to."""
     parser = argparse.ArgumentParser()
     parser.add_argument("method")
     parser.add_argument("engine", choices=["ddp", "fsdp2", "zero2"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill", choices=["step", "save"])
-    parser.add_argument("--resume", help="a checkpoint, or `last`")
+    parser.add_argument("--resume", help="the name of a checkpoint: the last one must then be refused")
     options = parser.parse_args()
     hf_galore.register()
-    changes: dict[str, Any] = {"save_strategy": "steps", "save_steps": SAVE, "max_steps": STEPS}
-    if options.engine == "fsdp2":
-        changes |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
-    if options.engine == "zero2":
-        PartialState(backend="gloo")
-        sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size"), "auto")
-        changes["deepspeed"] = {**sizes, "zero_optimization": {"stage": 2}}
-        changes["accelerator_config"] = {"use_configured_state": True}
-    args = Run(options.method, options.folder).arguments(**changes)
-    if options.engine == "fsdp2":
-        assert args.device.type == "cpu"
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    remember_processor()
+    run = options.method, options.engine
     if options.kill == "save":
         transformers.Trainer._save_rng_state = killed_while_saving
-    callbacks = [Killer()] if options.kill == "step" else []
-    trainer = transformers.Trainer(model=llama(), args=args, train_dataset=tokens(), callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=True if options.resume == "last" else options.resume)
-    found = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters() if UPDATE not in name}
-    if args.process_index == 0:
+    if options.kill:
+        trained(*run, options.folder, callbacks=[Killer()] if options.kill == "step" else [])
+        return
+    checkpoint = True
+    if options.resume:
+        with pytest.raises(FileNotFoundError, match="trainer_state.json"):
+            trained(*run, options.folder, True)
+        checkpoint = str(options.folder / options.resume)
+    found = {"resumed": trained(*run, options.folder, checkpoint)}
+    found["undisturbed"] = trained(*run, options.folder / "undisturbed")
+    if os.environ["RANK"] == "0":
         torch.save(found, options.folder / "weights.pt")
     leave_together()
 
 
-def run(method: str, engine: str, *arguments: Any) -> subprocess.CompletedProcess:
+def launch(method: str, engine: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
     variables = {**ENVIRONMENT, "ACCELERATE_USE_DEEPSPEED": "true"} if engine == "zero2" else {}
-    return torchrun(__file__, method, engine, *arguments, ranks=2, **variables)
+    return torchrun(__file__, method, engine, folder, *options, ranks=2, **variables)
 
 
-def finished(method: str, engine: str, folder: Path, *options: Any) -> dict[str, torch.Tensor]:
-    """The weights at the end of a run that is not killed."""
-    result = run(method, engine, folder, *options)
+def assert_it_goes_on(method: str, engine: str, folder: Path, *options: str) -> None:
+    """To the bits of a run that nothing happens to."""
+    result = launch(method, engine, folder, *options)
     assert result.returncode == 0, result.stderr[-4000:]
-    return torch.load(folder / "weights.pt", weights_only=True)
+    found = torch.load(folder / "weights.pt", weights_only=True)
+    assert_same(found["resumed"], found["undisturbed"])
 
 
 @pytest.mark.parametrize(("method", "engine"), KILLED_IN_A_STEP)
 def test_a_rank_is_killed_in_a_step(method, engine, tmp_path):
-    """A restart from the last checkpoint ends with the bits of a run that nothing happens to."""
+    """A restart goes on from the last checkpoint."""
     if engine == "zero2":
         build_operators()
-    assert run(method, engine, tmp_path, "--kill=step").returncode != 0
-    assert not (tmp_path / "weights.pt").exists()
+    assert launch(method, engine, tmp_path, "--kill=step").returncode != 0
     assert (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
-    resumed = finished(method, engine, tmp_path, "--resume=last")
-    assert_same(resumed, finished(method, engine, tmp_path / "undisturbed"))
+    assert not (tmp_path / "checkpoint-6").exists()
+    assert_it_goes_on(method, engine, tmp_path)
 
 
 @pytest.mark.parametrize(("method", "engine"), KILLED_WHILE_SAVING)
 def test_all_are_killed_while_they_save(method, engine, tmp_path):
-    """Nothing goes on from half a checkpoint; from the one before it training ends with the same bits."""
-    assert run(method, engine, tmp_path, "--kill=save").returncode != 0
+    """Nothing goes on from half a checkpoint; from the one before it training does."""
+    assert launch(method, engine, tmp_path, "--kill=save").returncode != 0
     assert (tmp_path / "checkpoint-4").exists()
-    refused = run(method, engine, tmp_path, "--resume=last")
-    assert refused.returncode != 0
-    assert "trainer_state.json" in refused.stderr
-    resumed = finished(method, engine, tmp_path, f"--resume={tmp_path / 'checkpoint-2'}")
-    assert_same(resumed, finished(method, engine, tmp_path / "undisturbed"))
+    assert not (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
+    assert_it_goes_on(method, engine, tmp_path, "--resume=checkpoint-2")
 
 
 if __name__ == "__main__":
