@@ -81,7 +81,7 @@ def main() -> None:
         return
     checkpoint = True
     if options.resume:
-        with pytest.raises(FileNotFoundError, match="trainer_state.json"):
+        with pytest.raises(FileNotFoundError, match=r"trainer_state\.json"):
             trained(*run, options.folder, True)
         checkpoint = str(options.folder / options.resume)
     found = {"resumed": trained(*run, options.folder, checkpoint)}
