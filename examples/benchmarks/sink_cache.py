@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import result_file
@@ -118,24 +119,25 @@ def steps_of(model: LlamaForCausalLM, prompt: torch.Tensor) -> dict[str, Callabl
 
 def endless(model: LlamaForCausalLM, options: argparse.Namespace) -> None:
     """Rows of memory and speed, each written as soon as it is known."""
-    load = os.getloadavg()[0]
+    origin = conditions(os.getloadavg()[0])  # what it imports is in memory before the first row
+
+    def write(window: int, figures: Figures) -> None:
+        row = {
+            "shape": options.shape,
+            "dtype": options.dtype,
+            "window": window,
+            "tokens": figures.tokens,
+            "tokens_per_second": f"{figures.tokens_per_second:.1f}",
+            "cache_bytes": figures.cache_bytes,
+            "process_bytes": figures.process_bytes,
+            "transformers": transformers.__version__,
+            **origin,
+        }
+        result_file.append(options.results / "sink_cache_memory.csv", row)
+
     for window in options.windows:
-
-        def report(figures: Figures, window: int = window) -> None:
-            row = {
-                "shape": options.shape,
-                "dtype": options.dtype,
-                "window": window,
-                "tokens": figures.tokens,
-                "tokens_per_second": f"{figures.tokens_per_second:.1f}",
-                "cache_bytes": figures.cache_bytes,
-                "process_bytes": figures.process_bytes,
-                "transformers": transformers.__version__,
-                **conditions(load),
-            }
-            result_file.append(options.results / "sink_cache_memory.csv", row)
-
-        meter = Meter(SinkCache(model, N_SINK, window - N_SINK), every=max(1, options.endless // 20), report=report)
+        cache = SinkCache(model, N_SINK, window - N_SINK)
+        meter = Meter(cache, every=max(1, options.endless // 20), report=partial(write, window))
         stream(model, torch.randint(model.config.vocab_size, (1, 8)), meter, options.endless, do_sample=False)
 
 
