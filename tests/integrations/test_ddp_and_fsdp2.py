@@ -87,9 +87,9 @@ EIGHT_BITS = ("train", "randomized", "float32", "bfloat16", "gpt2", "columns and
 CHECKPOINTS = {"ddp": ("whole",), "fsdp2": ("FULL_STATE_DICT", "SHARDED_STATE_DICT")}
 
 
-def cells_of(engine: str, method: str) -> list[str]:
-    """The names of the cells."""
-    return [name for name in ENGINES[engine] if "8bit" not in method or name in EIGHT_BITS]
+def cells_of(engine: str, method: str) -> dict[str, Cell]:
+    """What a method trains under an engine."""
+    return {name: cell for name, cell in ENGINES[engine].items() if "8bit" not in method or name in EIGHT_BITS}
 
 
 def model(cell: Cell) -> nn.Module:
@@ -191,8 +191,8 @@ def refusals(folder: Path) -> dict[str, str]:
 def on_two_ranks(output: Path) -> dict[Any, Any]:
     results: dict[Any, Any] = {}
     for engine, method in itertools.product(ENGINES, METHODS):
-        for name in cells_of(engine, method):
-            results[engine, method, name] = outcome(together(engine, method, ENGINES[engine][name], output))
+        for name, cell in cells_of(engine, method).items():
+            results[engine, method, name] = outcome(together(engine, method, cell, output))
         for kind in CHECKPOINTS[engine]:
             folder, cell = output / engine / method / kind, CELLS["float32"]
             together(engine, method, cell, folder, kind=kind, save_strategy="steps", save_steps=3)
