@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import pack_gqa, repeat_kv, use_gqa_in_sdpa
+from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, flash_attn_supports_top_left_mask
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
@@ -29,6 +29,7 @@ from hf_galore.attention.decoding import merge_step
 from hf_galore.attention.fused import attended, fused_with_columns
 from hf_galore.attention.merge import column_scores, merge
 from hf_galore.integrations.attention import Attention, AttentionCall, Result
+from hf_galore.integrations.compatibility import pack_gqa
 
 Kernel = Callable[[AttentionCall, Attention, Columns], Result]
 
@@ -117,7 +118,7 @@ def _fused(call: AttentionCall, columns: Columns, causal: bool) -> Tensor:
     mask = _added(mask, query)
     if groups == 1 or use_gqa_in_sdpa(mask, key, value):
         pass  # the kernel shares keys itself
-    elif length == 1 and not is_torchdynamo_compiling():
+    elif pack_gqa is not None and length == 1 and not is_torchdynamo_compiling():
         query, mask, column_value = (pack_gqa(tensor, groups) for tensor in (query, mask, column_value))
         score = score.view(batch, -1, groups)
         gate = None if gate is None else gate.view(1, -1, groups, 1)
@@ -146,11 +147,14 @@ def _is_step(call: AttentionCall, columns: Columns) -> bool:
 
 def _step(call: AttentionCall, columns: Columns) -> Tensor:
     """`_fused` where `_is_step`, with few operators."""
-    query, mask, groups, scale = call.query, _added(call.mask, call.query), _groups(call), _scale(call)
-    grouped = query
-    if groups > 1 and not use_gqa_in_sdpa(mask, call.key, call.value):
-        grouped, mask = pack_gqa(query, groups), pack_gqa(mask, groups)
-    out, lse = attended(grouped, call.key, call.value, mask, scale)
+    query, key, value, groups, scale = call.query, call.key, call.value, _groups(call), _scale(call)
+    mask, grouped = _added(call.mask, query), query
+    if groups > 1 and not use_gqa_in_sdpa(mask, key, value):
+        if pack_gqa is not None:
+            grouped, mask = pack_gqa(query, groups), pack_gqa(mask, groups)
+        else:
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    out, lse = attended(grouped, key, value, mask, scale)
     merged: Tensor = merge_step(out, lse, query, columns.key, columns.value, columns.gate, scale)
     return merged
 

@@ -1,8 +1,13 @@
-"""Which part of a transformers model is its decoder."""
+"""Which part of a transformers model is its decoder, and whether that attends to what it has seen."""
 
 from typing import Any
 
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_utils import PreTrainedModel
+
+from hf_galore.integrations.compatibility import cache_argument
+
+_KEEP_NO_KEYS = {"linear_attention", "conv", "dummy"}  # types of layers whose caches hold no keys and values
 
 
 def decoder_of(model: Any) -> Any:
@@ -17,3 +22,14 @@ def decoder_of(model: Any) -> Any:
     parts = (decoder if isinstance(decoder, PreTrainedModel) else model).modules()
     headless = (part for part in parts if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is None)
     return next(headless, decoder)
+
+
+def keeps_keys(decoder: Any) -> bool:
+    """Whether the decoder's forward takes a cache, and a layer of it keeps keys and values there.
+
+    Those of Mamba and its like take one for their states alone.
+    """
+    if cache_argument(decoder.forward) is None:
+        return False
+    types, _ = get_layer_types_and_kwargs(decoder.config)
+    return not set(types) <= _KEEP_NO_KEYS

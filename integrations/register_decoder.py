@@ -15,6 +15,7 @@ from transformers import StaticCache
 from transformers.cache_utils import Cache
 
 from hf_galore.attention.placement import Placement, left_padding
+from hf_galore.integrations.compatibility import cache_of
 from hf_galore.integrations.prefixed_cache import PrefixedCache, make_room, mark, prefix_of
 from hf_galore.integrations.sink_cache import SinkCache
 
@@ -38,21 +39,22 @@ def forget(decoder: nn.Module) -> None:
     vars(decoder).pop(_PLACED, None)
 
 
-def masks_later(*, attention_mask: Any, past_key_values: Any, **others: Any) -> Any:
+def masks_later(*, attention_mask: Any, **others: Any) -> Any:
     """For generate(), which makes masks (batch, 1, tokens, slots) for static caches: leaves that to the decoder.
 
     So that ours are in them. The mask is as wide as the cache, because one that grew would be compiled again.
     """
-    if not isinstance(attention_mask, Tensor) or not isinstance(past_key_values, StaticCache):
+    cache = cache_of(others)
+    if not isinstance(attention_mask, Tensor) or not isinstance(cache, StaticCache):
         return attention_mask
-    width = past_key_values.get_max_length() - prefix_of(past_key_values)
+    width = cache.get_max_length() - prefix_of(cache)
     return nn.functional.pad(attention_mask, (0, max(0, width - attention_mask.shape[1])))
 
 
 def _before(names: list[str], decoder: Any, args: tuple[Any, ...], kwargs: Inputs) -> tuple[tuple[()], Inputs] | None:
     """What the forward pass is given instead of (args, kwargs)."""
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-    cache = inputs.get("past_key_values")
+    cache = cache_of(inputs)
     if _is_part(cache):
         return None
     given = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
@@ -102,7 +104,7 @@ def _positions(given: Tensor, placement: Placement, batch: int) -> Tensor:
 
 def _after(decoder: Any, args: tuple[Any, ...], kwargs: Inputs, out: Any) -> Any:
     """The output of the tokens."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if _is_part(cache):
         return None
     if isinstance(cache, PrefixedCache):
@@ -150,10 +152,10 @@ def _check(inputs: Inputs) -> None:
     if positions is not None and positions.ndim != 2:
         raise ValueError("position_ids: register tokens need those of (batch, tokens)")
     tensors = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
-    others = sorted(tensors - _KNOWN)
-    if others or inputs.get("cache") is not None:
+    others, cache, paged = sorted(tensors - _KNOWN), cache_of(inputs), inputs.get("cache")
+    if others or (paged is not None and paged is not cache):
         raise ValueError(f"{', '.join(others) or 'cache'}: register tokens do not go with this input")
-    if positions is None or mask is not None or inputs.get("past_key_values") is not None:
+    if positions is None or mask is not None or cache is not None:
         return
     if not torch.compiler.is_compiling() and bool((positions.diff(dim=1) != 1).any()):
         raise ValueError("position_ids: sequences packed into one row would share register tokens: pad instead")

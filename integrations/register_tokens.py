@@ -19,7 +19,7 @@ from hf_galore.attention.blocks import find_blocks
 from hf_galore.attention.registers import STD, RegisterTokens, check_registers
 from hf_galore.integrations import register_decoder, register_vision
 from hf_galore.integrations.attention_modules import example_of
-from hf_galore.integrations.decoders import decoder_of
+from hf_galore.integrations.decoders import decoder_of, keeps_keys
 from hf_galore.integrations.register_decoder import CHILD, hook_decoder, masks_later
 from hf_galore.integrations.register_vision import EMBEDDINGS, hook_vision
 
@@ -106,7 +106,8 @@ def find_home(model: Any) -> Home:
         return Home(model, encoder, module, dim, is_vision=True)
     decoder: Any = decoder_of(model) if model.main_input_name == "input_ids" else None
     takes = set() if decoder is None else set(inspect.signature(decoder.forward).parameters)
-    if model.config.is_encoder_decoder or not {"inputs_embeds", "attention_mask", "past_key_values"} <= takes:
+    attends = {"inputs_embeds", "attention_mask"} <= takes and keeps_keys(decoder)
+    if model.config.is_encoder_decoder or not attends:
         raise ValueError(_refusal(model, "it is neither a decoder with attention nor a vision transformer"))
     return Home(model, decoder, decoder, decoder.get_input_embeddings().embedding_dim, is_vision=False)
 

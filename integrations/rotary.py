@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from hf_galore.integrations.compatibility import cache_argument
+
 Angles = dict[str | None, tuple[Tensor, Tensor]]  # (cos, sin) by type of layer; None where all layers have the same
 _TURN = 7  # positions between the two keys of the check
 _ALIBI = "it has ALiBi, a bias on the scores that does not follow the keys"
@@ -140,8 +142,8 @@ def _keys_at(decoder: Any, positions: tuple[int, int]) -> list[Tensor]:
     decoder(
         inputs_embeds=token.to(weight.device, weight.dtype).expand(2, 1, -1),
         position_ids=torch.tensor(positions, device=weight.device)[:, None],
-        past_key_values=cache,
         use_cache=True,
+        **{cache_argument(decoder.forward): cache},
     )
     return [layer.keys for layer in cache.layers]
 

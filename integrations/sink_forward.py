@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from hf_galore.attention.sink_window import SinkWindow, Step
+from hf_galore.integrations.compatibility import cache_argument, cache_of
 
 if TYPE_CHECKING:
     from hf_galore.integrations.sink_cache import SinkCache
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Inputs = dict[str, Any]
 _TAKES_MASKS = ("eager", "sdpa")  # attention implementations that a mask for each query can be given
 _PER_TOKEN = ("input_ids", "inputs_embeds")
+_MASK_CACHE = cache_argument(create_sliding_window_causal_mask)
 _SMALLEST_CHUNK = 16
 _ALL_TOKENS = "generate() takes all tokens, or the new ones with an attention_mask for all"
 
@@ -87,7 +89,7 @@ def _after(ref: "weakref.ref[SinkCache]", decoder: Any, args: tuple[Any, ...], k
 
 def _in_use(ref: "weakref.ref[SinkCache]", inputs: Inputs) -> "SinkCache | None":
     cache: SinkCache | None = ref()
-    return cache if inputs.get("past_key_values") is cache else None
+    return cache if cache_of(inputs) is cache else None
 
 
 def _note_padding(window: SinkWindow, mask: Any, new: int, device: torch.device) -> None:
@@ -183,6 +185,6 @@ def _masks(cache: "SinkCache", decoder: Any, inputs: Inputs, step: Step, batch: 
         config=config,
         inputs_embeds=torch.empty(batch, step.new, 0, dtype=decoder.dtype, device=mask.device),
         attention_mask=inputs.get("attention_mask"),
-        past_key_values=cache,
+        **{_MASK_CACHE: cache},
     )
     return {"full_attention": mask, "sliding_attention": sliding}

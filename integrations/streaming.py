@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from hf_galore.integrations.compatibility import cache_argument
 from hf_galore.integrations.sink_cache import SinkCache
 
 _FOREVER = 10**12  # tokens
@@ -82,9 +83,9 @@ def stream(
         model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            past_key_values=meter.cache,
             streamer=meter,
             max_new_tokens=max_new_tokens or _FOREVER,
+            **{cache_argument(model.forward): meter.cache},
             **kwargs,
         )
     finally:

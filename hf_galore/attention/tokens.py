@@ -102,7 +102,8 @@ def sequences_of(given: dict[str, Any], delimiters: Sequence[int], registers: Co
     Raises:
         ValueError: they go on from a cache, so that their beginnings are out of sight; or see `Sequences`.
     """
-    cache = given.get("past_key_values")
+    name = "cache" if given.get("cache") is not None else "past_key_values"  # as transformers has it from 5.24 on
+    cache = given.get(name)
     if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("past_key_values: whole sequences are needed, not their continuations; use use_cache=False")
+        raise ValueError(f"{name}: whole sequences are needed, not their continuations; use use_cache=False")
     return Sequences(given.get("input_ids"), given.get("attention_mask"), delimiters, registers)
