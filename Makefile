@@ -1,7 +1,10 @@
 # On a machine with Python >= 3.10 and pip, each target first makes .venv and installs what it needs there, once. The native
 # ops are built along with it, where a C++ compiler is, and again when their sources have changed.
 #   make demo ARGS="..."           run examples/pretrain.py
-#   make test PYTEST_ARGS="..."    run the tests
+#   make test PYTEST_ARGS="..."    run the tests, but for the slow ones
+#   make test-all                  run all of them, and the sweep over the model classes of transformers
+#   make test-oldest               run a third with the oldest transformers, peft, accelerate and trl that setup.py admits
+#   make test-newest               run it with the newest ones there are
 #   make lint                      ruff, mypy and the warnings of the C++ compiler
 #   make kernels                   compile the CUDA sources for all architectures, where nvcc is
 #   make install                   .venv for development (what test and lint need)
@@ -22,13 +25,22 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # DeepSpeed is installed without compiling anything: what it needs it compiles when it is first used.
 PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint kernels install clean
+TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python
+
+.PHONY: demo test test-all test-oldest test-newest lint kernels install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/pretrain.py $(ARGS)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	$(TEST) -m pytest tests $(PYTEST_ARGS)
+
+test-all: $(VENV)/.dev
+	$(TEST) -m pytest tests $(PYTEST_ARGS) -m "slow or not slow"
+	$(TEST) tests/sweep.py --jobs 2
+
+test-oldest test-newest: test-%: $(VENV)/.dev
+	$(TEST) tests/versions.py $* $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -60,5 +72,5 @@ $(VENV)/.dev: setup.py pyproject.toml constraints.txt $(NATIVE) $(VENV)/.torch
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info hf_galore/_native_* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info $(VENV)-oldest $(VENV)-newest hf_galore/_native_* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+"""Runs a third of the tests with other versions of the libraries: `python tests/versions.py oldest` or `newest`.
+
+The oldest transformers, peft, accelerate and trl are the bounds of setup.py, the newest are what the package index has.
+Each set gets an environment of its own, .venv-oldest or .venv-newest, made anew on top of the one that runs this:
+what it does not hold itself, torch first of all, it takes from there. Further arguments go to pytest.
+"""
+
+import os
+import subprocess
+import sys
+import venv
+from importlib.metadata import requires
+from pathlib import Path
+from sysconfig import get_path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("transformers", "peft", "accelerate", "trl")
+TESTS = (
+    "tests/integrations/test_transformers_register.py",
+)
+_SHOW = """
+import sys
+from importlib.metadata import version
+print(f"{sys.argv[1]}:", ", ".join(f"{name} {version(name)}" for name in sys.argv[2:]))
+"""
+
+
+def wanted(which: str) -> list[str]:
+    """What pip is asked for."""
+    declared = {one.name: one for one in map(Requirement, requires("hf_galore") or ())}
+    if which == "newest":
+        return [f"{name}{declared[name].specifier}" for name in LIBRARIES]
+    return [f"{name}=={lower.version}" for name in LIBRARIES for lower in declared[name].specifier if ">=" in str(lower)]
+
+
+def make(which: str) -> Path:
+    """The Python of a new environment with this set."""
+    folder = ROOT / f".venv-{which}"
+    venv.create(folder, clear=True, symlinks=True)
+    paths = {"base": str(folder), "platbase": str(folder)}
+    (Path(get_path("purelib", vars=paths)) / "base.pth").write_text(get_path("purelib") + "\n")
+    python = Path(get_path("scripts", vars=paths)) / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    subprocess.run([*pip, "install", "--quiet", "--upgrade", *wanted(which)], check=True)
+    return python
+
+
+def main(which: str, *arguments: str) -> int:
+    """Makes the environment, says what is in it and returns the exit status of pytest."""
+    python = make(which)
+    subprocess.run([python, "-c", _SHOW, which, "torch", *LIBRARIES], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([python, "-m", "pytest", *TESTS, *arguments], cwd=ROOT, env=environment).returncode
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] not in (["oldest"], ["newest"]):
+        sys.exit(f"usage: {sys.argv[0]} oldest|newest [arguments of pytest]")
+    sys.exit(main(*sys.argv[1:]))
