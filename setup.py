@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -163,14 +164,17 @@ class Kernels(Command):
 
 NATIVE, CUDA = library_of("cpu", "_native"), library_of("cuda", "_native_cuda")
 
-TRANSFORMERS = ["transformers>=5", "accelerate", "peft"]
+OLDEST = runpy.run_path(str(ROOT / "hf_galore/versions.py"))["OLDEST"]
+BOUNDS = {name: f"{name}>={oldest}" for name, oldest in OLDEST.items()}
+BOUNDS["transformers"] += ",<6"  # whose deprecated names, past_key_values for one, go in version 6
+TRANSFORMERS = [BOUNDS[name] for name in ("transformers", "accelerate", "peft")]
 EXTRAS = {
     "transformers": TRANSFORMERS,
-    "trl": [*TRANSFORMERS, "trl"],
+    "trl": [*TRANSFORMERS, BOUNDS["trl"]],
     "bitsandbytes": ["bitsandbytes"],
-    "deepspeed": [*TRANSFORMERS, "deepspeed>=0.19"],
+    "deepspeed": [*TRANSFORMERS, BOUNDS["deepspeed"]],
     "gguf": [*TRANSFORMERS, "gguf"],
-    "demo": ["transformers>=5", "accelerate", "tokenizers", "matplotlib", "datasets"],
+    "demo": [BOUNDS["transformers"], BOUNDS["accelerate"], "tokenizers", "matplotlib", "datasets"],
     "lint": ["ruff", "mypy", "pre-commit"],
 }
 EXTRAS["test"] = sorted(
@@ -209,7 +213,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    install_requires=["torch>=2.6"],
+    install_requires=[BOUNDS["torch"]],
     extras_require=EXTRAS,
     # find_packages sees integrations/ through the symlink; it is named for checkouts that have no symlinks.
     packages=sorted({*find_packages(include=["hf_galore", "hf_galore.*"]), "hf_galore.integrations"}),
