@@ -22,20 +22,22 @@ A refresh of the basis, every `update_proj_gap` steps, is one of
 """
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_galore import lowrank_parameters
 from hf_galore.frozen_weight import frozen_weight, holds_codes, is_quantized, rounding, whole_shapes
 from hf_galore.link import Link
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_basis import LayerBasis
-from hf_galore.lowrank_layer import UPDATE, LowRankLayer, Settings, data_parallel_ranks
+from hf_galore.lowrank_layer import LowRankLayer, Settings, data_parallel_ranks
 from hf_galore.lowrank_optimizer import OptimizerSteps
+from hf_galore.lowrank_parameters import UPDATE
 from hf_galore.lowrank_targets import forward_name, sharing_inputs, swappable
 from hf_galore.messages import clamped_rank
 from hf_galore.nn.host_weight import HostWeight, to_device, to_host
@@ -61,6 +63,9 @@ class LowRankBackward:
         self.gradients_complete: Callable[[], bool] = lambda: True  # False while further micro-batches are to come
         self.link: Link | None = None  # between host and device, with offload_masters
         self._hooks: list[Any] = []
+        self._until_hidden: Any = None  # the hook that hides the small parameters in the first forward pass
+        self._cleared_with: list[nn.Module] = []  # the model and what wraps it
+        self._trained: dict[nn.Module, bool] = {}  # whether each target's weight was to be trained
         self._warned: set[str] = set()
 
     @property
@@ -95,6 +100,16 @@ class LowRankBackward:
                 weight, on which it acts.
             options: further keys of the group with `rank`.
         """
+        with self.shown():
+            return self._groups(model, weight_decay, decay_parameters, options)
+
+    def _groups(
+        self,
+        model: nn.Module,
+        weight_decay: float | None,
+        decay_parameters: Collection[str] | None,
+        options: dict[str, Any],
+    ) -> list[dict[str, Any]]:
         small, full, layers = {}, [], self.layers
         for name, param in model.named_parameters():
             if param in layers:
@@ -109,6 +124,51 @@ class LowRankBackward:
         low_rank = {name: getattr(self.settings, name) for name in ("rank", *LOW_RANK_DEFAULTS)} | options
         kinds = [({}, full), (low_rank, self.unswapped), ({}, list(small))]
         return group_parameters(model, kinds, weight_decay, decay_parameters)
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """All parameters of the model or of what wraps it, the small ones included: what is to be clipped."""
+        with self.shown():
+            return list(model.parameters())
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, the small parameters are among the model's parameters, for engines that look for them there."""
+        hidden = [(layer, module) for layer, module in self.members() if not lowrank_parameters.is_shown(module)]
+        self._show(hidden, True)
+        try:
+            yield
+        finally:
+            self._show(hidden, False)
+
+    def hide(self) -> None:
+        """Makes `model.parameters()` those of the plain model: when all that wraps it has found the small ones."""
+        if self._until_hidden is not None:
+            self._until_hidden.remove()
+            self._until_hidden = None
+            self._show(self.members(), False)
+
+    def _show(self, modules: Iterable[tuple[LowRankLayer, nn.Module]], shown: bool) -> None:
+        for layer, module in modules:
+            lowrank_parameters.show(module, layer.own_update, shown)
+
+    def _first_forward(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():  # there the first step hides them
+            self.hide()
+
+    def clear_with(self, holder: nn.Module) -> None:
+        """Makes the `zero_grad` of the model, or of what wraps it, clear the small parameters too."""
+        if holder not in self._cleared_with:
+            vars(holder)["zero_grad"] = _ZeroGrad(self, holder)
+            self._cleared_with.append(holder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which have none of the wrappers."""
+        return vars(self) | {"_cleared_with": [self.model]}
+
+    def drop_gradients(self) -> None:
+        """Does for the small parameters what `model.zero_grad()` does for all that it finds."""
+        for layer in self._layers:
+            layer.update.grad = None
 
     def warn(self, message: str) -> None:
         """Warns once for each kind of message (its first words)."""
@@ -157,15 +217,25 @@ class LowRankBackward:
             )
 
     def install(self) -> None:
-        """Swaps the layers' forwards, freezes their weights and registers the small parameters. Idempotent."""
+        """Swaps the layers' forwards, freezes their weights and registers the small parameters, for all to see.
+
+        Idempotent. They are hidden again by `hide`, at the latest in the first forward pass or step.
+        """
+        if not self._trained:
+            self._trained = {module: bool(module.weight.requires_grad) for _, module in self.members()}
+        for module in self._trained:
+            module.weight.requires_grad_(False)
+        if self._until_hidden is None:
+            self._until_hidden = self.model.register_forward_pre_hook(self._first_forward)
         if self._hooks:
+            self._show(self.members(), True)
             return
         if self.settings.offload_masters:
             self._offload()
         object.__setattr__(self.model, _ENABLED, self)  # not through nn.Module: this is no part of the model
-        for layer, module in self._modules():
-            module.weight.requires_grad_(False)
-            module.register_parameter(UPDATE, layer.own_update)
+        self.clear_with(self.model)
+        for layer, module in self.members():
+            lowrank_parameters.register(module, layer.own_update, layer.fold)
             setattr(module, forward_name(module), _Forward(layer, module))
             if rounding(module):
                 _say_what_it_stands_for(module, layer.with_pending)
@@ -185,14 +255,20 @@ class LowRankBackward:
         if not self._hooks:
             return
         self.fold()
+        self.drop_gradients()
+        self.hide()
+        for module, trained in self._trained.items():
+            module.weight.requires_grad_(trained)
+        self._trained = {}
         if any(is_sharded(layer.update) for layer in self._layers):
             return
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         object.__delattr__(self.model, _ENABLED)
-        for layer, module in self._modules():
-            layer.update.grad = None
+        while self._cleared_with:
+            del vars(self._cleared_with.pop())["zero_grad"]
+        for layer, module in self.members():
             name = forward_name(module)
             delattr(module, name)
             if name != "forward":
@@ -200,8 +276,7 @@ class LowRankBackward:
             if rounding(module):
                 _say_what_it_stands_for(module, None)
             layer.own_update = layer.update
-            del module._parameters[UPDATE]
-            module.weight.requires_grad_(not holds_codes(module))
+            lowrank_parameters.unregister(module)
         for layer in self._layers:
             if isinstance(layer.weight, HostWeight):
                 layer.weight, layer.link = to_device(layer.weight), None
@@ -215,7 +290,13 @@ class LowRankBackward:
         for layer in self._layers:
             layer.weight, layer.link = to_host(layer.weight, self.link), self.link
 
-    def _modules(self) -> list[tuple[LowRankLayer, nn.Module]]:
+    @property
+    def installed(self) -> bool:
+        """Whether the model is swapped now."""
+        return bool(self._hooks)
+
+    def members(self) -> list[tuple[LowRankLayer, nn.Module]]:
+        """Each layer with each of its modules: several where these share a weight."""
         return [(layer, module) for layer in self._layers for module in layer.modules]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -245,6 +326,17 @@ class _Forward:
         return self.layer.forward(self.module, *args, *kwargs.values())
 
 
+class _ZeroGrad:
+    """Stands in for the `zero_grad` of a model, which finds no hidden parameters."""
+
+    def __init__(self, engine: LowRankBackward, holder: nn.Module) -> None:
+        self.engine, self.holder = engine, holder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        type(self.holder).zero_grad(self.holder, *args, **kwargs)
+        self.engine.drop_gradients()
+
+
 def _say_what_it_stands_for(module: Any, effective: Callable[[Tensor], Tensor] | None) -> None:
     """A layer that rounds its weight rounds it with what is pending."""
     module.effective = effective
@@ -257,7 +349,8 @@ def _hide_update(engine: LowRankBackward, module: nn.Module, state_dict: dict[st
 
 def _spare_update(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Loading the unpatched model's keys leaves B as it is, and strict=True does not miss it."""
-    state_dict.setdefault(prefix + UPDATE, module._parameters[UPDATE])
+    if lowrank_parameters.is_shown(module):
+        state_dict.setdefault(prefix + UPDATE, module._parameters[UPDATE])
 
 
 def enable(
@@ -287,7 +380,10 @@ def enable(
 ) -> LowRankBackward:
     """Swaps the model's target layers for the projected backward, in place, and returns the object that steers it.
 
-    Module names and classes, state-dict keys and values stay those of the unpatched model. Targets whose forward is
+    Module names and classes, state-dict keys and values stay those of the unpatched model, and so do its parameters
+    from the first forward pass on: until then DDP, FSDP2 and DeepSpeed find the small ones among them. To clip the
+    gradients of all, pass `engine.parameters(model)` to torch; accelerate's `clip_grad_norm_` includes the small ones
+    after `hf_galore.register()`. Targets whose forward is
     not plain nn.Linear's or Conv1D's (fused experts) and output heads stay as they are: train them through the
     optimizer. Layers that bitsandbytes has quantized are trained in their codes after `hf_galore.register()`.
 
@@ -390,6 +486,21 @@ def engine_of(model: nn.Module) -> LowRankBackward | None:
     """The projected backward that is installed in the model."""
     engine: LowRankBackward | None = getattr(model, _ENABLED, None)
     return engine
+
+
+def engines_in(model: nn.Module) -> list[LowRankBackward]:
+    """The projected backwards that are installed in the model, in a part of it, or in what it wraps."""
+    engines = (engine_of(module) for module in model.modules())
+    return [engine for engine in engines if engine is not None]
+
+
+@contextmanager
+def shown(model: nn.Module) -> Iterator[None]:
+    """Inside, the small parameters are among the model's parameters; of a model without any this does nothing."""
+    with ExitStack() as stack:
+        for engine in engines_in(model):
+            stack.enter_context(engine.shown())
+        yield
 
 
 def disable(model: nn.Module) -> None:

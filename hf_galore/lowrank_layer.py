@@ -12,6 +12,7 @@ from hf_galore.checks import check_boolean, check_choice, check_integer
 from hf_galore.frozen_weight import FrozenWeight
 from hf_galore.link import HOST, Link, StandIn
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS, check_low_rank
+from hf_galore.lowrank_parameters import UPDATE
 from hf_galore.lowrank_store import UpdateStorage
 from hf_galore.ops import product_dtype
 from hf_galore.param_groups import is_conv1d
@@ -23,8 +24,6 @@ from hf_galore.sides import Right, resolve_side
 
 if TYPE_CHECKING:
     from hf_galore.lowrank_basis import LayerBasis
-
-UPDATE = "lowrank_update"  # the name of B among its module's parameters; never in a state dict
 
 
 @dataclass(frozen=True)

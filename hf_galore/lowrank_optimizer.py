@@ -20,6 +20,14 @@ def detach(optimizer: torch.optim.Optimizer) -> None:
         steps.detach()
 
 
+def engine_stepped_by(optimizer: Any) -> Engine | None:
+    """The projected backward that the optimizer, or the one that it wraps, has been attached to; None for others."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    steps: OptimizerSteps | None = getattr(optimizer, _STEPS, None)
+    return None if steps is None else steps.engine
+
+
 class OptimizerSteps:
     """Makes every step of the optimizer fold and refresh, and keeps the bases in its state, by hooks on it.
 
@@ -42,7 +50,7 @@ class OptimizerSteps:
         self.steps = Steps(engine, self.store, at_once)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
-            optimizer.register_step_post_hook(lambda *_: self.steps.after()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
             optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._keep(state_dict)),
             optimizer.register_load_state_dict_post_hook(lambda _: self._restore()),
         ]
@@ -62,6 +70,7 @@ class OptimizerSteps:
     def _before_step(self) -> None:
         if self._first:
             self._first = False
+            self.engine.hide()
             self._warn_of_idle_modules()
             for param, layer in self.store.layers.items():  # an engine may have moved the model meanwhile
                 layer.basis.to(param.device)
@@ -69,6 +78,11 @@ class OptimizerSteps:
             assert isinstance(self.optimizer, LowRankOptimizer)
             self.optimizer.write_backs = {param: layer.write_back for param, layer in self.store.layers.items()}
         self.steps.before()
+
+    def _after_step(self) -> None:
+        self.steps.after()
+        for param in self.store.layers:  # `zero_grad()` of the model does not find them
+            param.grad = None
 
     def _warn_of_idle_modules(self) -> None:
         names = {module: name for name, module in self.engine.model.named_modules()}

@@ -25,6 +25,9 @@ class Engine(Protocol):
     def layers(self) -> dict[Tensor, LowRankLayer]:
         """By B."""
 
+    def hide(self) -> None:
+        """Makes `model.parameters()` those of the plain model."""
+
     def warn(self, message: str) -> None:
         """Warns once for each kind of message."""
 

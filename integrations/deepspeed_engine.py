@@ -6,17 +6,18 @@ Only methods of this one engine are wrapped. All of them are collective calls, a
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.zero import register_external_parameter
 from torch import Tensor
 
 from hf_galore.frozen_weight import PlainWeight
 from hf_galore.integrations.deepspeed_zero import ShardedWeight, ZeroStorage, ZeroStore, partitioned
 from hf_galore.lowrank_backward import LowRankBackward
-from hf_galore.lowrank_layer import UPDATE
 from hf_galore.lowrank_steps import READ_BY_THE_HOST, Steps, aim_if_lost, check_basis, kept_of, restore
 
 BASES = "hf_galore_bases.pt"  # in the folder of a checkpoint, beside DeepSpeed's own files
@@ -38,9 +39,23 @@ def attach(engine: LowRankBackward, deepspeed: Any, numbers: dict[Tensor, int]) 
             layer.weight = ShardedWeight(layer.weight)
     for basis in engine.bases:
         basis.to(deepspeed.device)
+    if partitioned(layers[0].update):
+        _make_found(engine, deepspeed.optimizer)
     store = ZeroStore(layers, deepspeed.optimizer, numbers)
     _wrap(deepspeed, "step", _Step(engine, deepspeed, store))
     Checkpoints(engine, deepspeed, store, {numbers[layer.update] for layer in layers})
+
+
+def _make_found(engine: LowRankBackward, zero: Any) -> None:
+    """Lets ZeRO-3 find hidden parameters: one by one around the module that uses them, and all after a step."""
+    for layer, module in engine.members():
+        register_external_parameter(module, layer.update)
+    _wrap(zero.parameter_offload, "partition_all_parameters", partial(_shown, engine))
+
+
+def _shown(engine: LowRankBackward, original: Callable[[], None]) -> None:
+    with engine.shown():
+        original()
 
 
 def _wrap(holder: Any, name: str, around: Callable[..., Any]) -> None:
@@ -169,11 +184,12 @@ class Checkpoints:
     @contextmanager
     def _installed(self) -> Iterator[None]:
         """Training may be over and the model its user's own: DeepSpeed's engine still has the small parameters."""
-        absent = UPDATE not in next(iter(self.engine.layers.values())).module._parameters
+        absent = not self.engine.installed
         if absent:
             self.engine.install()
         try:
-            yield
+            with self.engine.shown():
+                yield
         finally:
             if absent:
                 self.engine.uninstall()
@@ -194,10 +210,7 @@ class Checkpoints:
     def consolidated(self, original: Callable[..., Any], exclude_frozen_parameters: bool = False) -> Any:
         """DeepSpeed's method on the folded model, frozen weights included always."""
         self.engine.fold()
-        state = original()
-        for name in [name for name in state or () if name.endswith(UPDATE)]:
-            del state[name]
-        return state
+        return original()
 
     def without_small(self, original: Callable[..., Any]) -> dict[str, Any]:
         """The state of DeepSpeed's optimizer without the flat partitions of small parameters."""

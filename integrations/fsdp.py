@@ -1,5 +1,8 @@
 """GaLore under FSDP2: the one convention for the sides, and the small parameters of the projected backward sharded."""
 
+import functools
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from accelerate import Accelerator
@@ -10,7 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_galore.frozen_weight import holds_codes
-from hf_galore.lowrank_backward import engine_of
+from hf_galore.lowrank_backward import engine_of, shown
 from hf_galore.messages import STD_IS_RIGHT, only_right
 
 logger = logging.get_logger(__name__)
@@ -64,6 +67,7 @@ def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     engine = engine_of(model)
     if engine is None:
         return _prepare_model(accelerator, model)
+    _show_to_checkpoints()
     engine.hides_updates = False
     try:
         prepared = _prepare_model(accelerator, model)
@@ -72,3 +76,35 @@ def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     for layer in engine.layers.values():
         layer.leave_original()
     return prepared
+
+
+# torch names the parameters of an optimizer by walking those of the model.
+
+_STATE_DICTS = "torch.distributed.checkpoint.state_dict"  # slow to import, and needed by FSDP2 alone
+_NAMES = ("get_optimizer_state_dict", "set_optimizer_state_dict", "get_state_dict", "set_state_dict")
+_originals: dict[str, Callable[..., Any]] = {}
+
+
+def _show_to_checkpoints() -> None:
+    """Makes torch's distributed state dicts of optimizers find the small parameters. Idempotent; see `unregister`."""
+    if not _originals:
+        module = import_module(_STATE_DICTS)
+        for name in _NAMES:
+            _originals[name] = getattr(module, name)
+            setattr(module, name, _showing(_originals[name]))
+
+
+def unregister() -> None:
+    """Restores torch. Does nothing if no model has been prepared."""
+    for name, function in _originals.items():
+        setattr(import_module(_STATE_DICTS), name, function)
+    _originals.clear()
+
+
+def _showing(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(model: nn.Module, *args: Any, **options: Any) -> Any:
+        with shown(model):
+            return function(model, *args, **options)
+
+    return wrapper

@@ -14,7 +14,8 @@ from transformers.trainer import Trainer
 from transformers.trainer_callback import TrainerCallback
 
 from hf_galore.cli.plot_subspace import PREFIX
-from hf_galore.lowrank_layer import UPDATE
+from hf_galore.lowrank_backward import shown
+from hf_galore.lowrank_parameters import UPDATE
 from hf_galore.statistics import SubspaceStatistics
 
 
@@ -34,10 +35,11 @@ class SubspaceLog(TrainerCallback):
 
     def _name(self, param: Tensor) -> str:
         if param not in self._names:
-            self._names = {
-                one: f"{name.removesuffix(UPDATE)}weight" if name.endswith(UPDATE) else name
-                for name, one in self.trainer.model.named_parameters()
-            }
+            with shown(self.trainer.model):
+                self._names = {
+                    one: f"{name.removesuffix(UPDATE)}weight" if name.endswith(UPDATE) else name
+                    for name, one in self.trainer.model.named_parameters()
+                }
         return self._names[param]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -224,8 +224,8 @@ def test_enabling_again_starts_anew_from_the_trained_weights():
     y = model(x).detach()
     again = enable(model, rank=2)
     assert again is not engine
-    torch.testing.assert_close(model(x), y)
     assert {name for name, _ in model.wide.named_parameters()} == {"weight", "bias", "lowrank_update"}
+    torch.testing.assert_close(model(x), y)
     assert model.wide.lowrank_update.shape == (12, 2)
     optimizer = adamw(again.param_groups(model))
     again.attach(optimizer)

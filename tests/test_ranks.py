@@ -20,7 +20,7 @@ from torchrun import leave_together, results_of
 
 from hf_galore import GaLoreAdamW, galore_param_groups
 from hf_galore.lowrank_backward import enable
-from hf_galore.lowrank_layer import UPDATE
+from hf_galore.lowrank_parameters import UPDATE
 from hf_galore.shards import whole
 
 RANKS, STEPS, WIDTH = 2, 5, 12

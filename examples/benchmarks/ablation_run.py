@@ -156,7 +156,7 @@ def train(
         optimizer.zero_grad()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        nn.utils.clip_grad_norm_([param for param in model.parameters() if param.grad is not None], 1.0)
+        nn.utils.clip_grad_norm_([param for group in optimizer.param_groups for param in group["params"]], 1.0)
         optimizer.step()
         losses.append(loss.item())
     return losses

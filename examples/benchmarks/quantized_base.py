@@ -163,7 +163,7 @@ def train(model: nn.Module, optimizer: GaLoreAdamW, blocks: Blocks, steps: range
         optimizer.zero_grad()
         tokens = tokens_of(blocks, picked)
         model(input_ids=tokens, labels=tokens).loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
 
 

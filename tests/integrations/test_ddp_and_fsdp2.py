@@ -24,6 +24,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torchrun import leave_together, results_of
 from trainer_cases import (
+    NamesRecorder,
     Run,
     assert_same,
     build,
@@ -38,7 +39,7 @@ from trainer_cases import (
 from transformers import LlamaForCausalLM
 
 import hf_galore
-from hf_galore.lowrank_layer import UPDATE
+from hf_galore.lowrank_parameters import UPDATE
 from hf_galore.shards import whole
 
 RANKS, MORE, BATCH, STEPS = 2, 4, 12, 5  # T = 2: bases are refreshed in steps 1, 3 and 5
@@ -148,6 +149,14 @@ def together(
     return trainer
 
 
+def names_in_training(engine: str, folder: Path) -> list[list[str]]:
+    """What callbacks see on this rank."""
+    trainer, recorder = prepared(engine, "galore_adamw_layerwise", CELLS["train"], folder), NamesRecorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    return recorder.seen
+
+
 def outcome(trainer: transformers.Trainer) -> dict[str, Any]:
     """The weights and states, put together from the ranks, the losses, and the bases that this rank has."""
     named = {name.replace("._checkpoint_wrapped_module", ""): p for name, p in trainer.model.named_parameters()}
@@ -202,6 +211,7 @@ def on_two_ranks(output: Path) -> dict[Any, Any]:
             resumed.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         resumed.save_model(str(output / engine / method / "saved"))
     results["std"] = outcome(together("fsdp2", METHODS[0], CELLS["train"], output, optim_args=", moments=keep"))
+    results["names"] = {engine: names_in_training(engine, output) for engine in ENGINES}
     results["refused"] = refusals(output)
     return results
 
@@ -326,6 +336,13 @@ def test_saved_model_is_a_plain_one(two, folder, engine, method):
     """Its keys and weights, without what the projected backward adds, as plain transformers loads it."""
     found = LlamaForCausalLM.from_pretrained(folder / engine / method / "saved", dtype=torch.float32)
     assert_same(weights(found), two[0][engine, method, CHECKPOINTS[engine][-1]]["weights"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_callbacks_see_the_parameters_of_the_plain_model(two, engine):
+    plain = [name for name, _ in model(CELLS["train"]).named_parameters()]
+    for rank in two:
+        assert rank["names"][engine] == [plain] * (1 + 2 * STEPS)
 
 
 def test_std_is_right_and_says_so_once(two, said):

@@ -24,6 +24,7 @@ from deepspeed_ops import LIMIT, build_operators, locked, python, remember_proce
 from torch.utils.data import DataLoader
 from trainer_cases import (
     RANK,
+    NamesRecorder,
     Run,
     Trainer,
     assert_same,
@@ -297,6 +298,16 @@ def skipped(folder: Path) -> dict:
     return {"skipped": trainer.deepspeed.skipped_steps, "steps": steps, "finite": finite}
 
 
+def names_in_training(engine: str, folder: Path) -> list[list[str]]:
+    """What callbacks see on this rank."""
+    AcceleratorState._reset_state()
+    unset_hf_deepspeed_config()
+    trainer, recorder = Run("galore_adamw", folder).trainer(llama(), **settings(engine)), NamesRecorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    return recorder.seen
+
+
 def accelerated(engine: str, folder: Path) -> dict:
     """The weights after `loop` under an Accelerator; in ZeRO-3 the model is partitioned as it is loaded."""
     AcceleratorState._reset_state()
@@ -334,6 +345,7 @@ def main(output: Path) -> None:
         results["transposed"] = result(trained("galore_adamw", output, transposed(), **settings("zero3")))
         results["kept"] = kept_for_the_backward_pass(output)
         results["skipped"] = skipped(output)
+        results["names"] = {engine: names_in_training(engine, output) for engine in ("zero2", "zero3")}
         results["experts"] = refusal_of_experts(output)
         results["matrices"] = refusal_of_matrices()
         results["part"] = refusal_of_a_part(output, output / "zero2-galore_adamw-train" / f"checkpoint-{SAVED}")
@@ -571,6 +583,13 @@ def test_one_line_of_the_log_says_what_was_chosen(folder, ranks):
     assert log.count("this runs as galore_adamw_8bit_layerwise") == sum(
         cell[1] == "galore_adamw_8bit" for cell in [*FLOAT32, *EIGHT_BITS, *BFLOAT16, *RESUMED, *RESUMED]
     )
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_callbacks_see_the_parameters_of_the_plain_model(ranks, engine):
+    plain = [name for name, _ in llama().named_parameters()]
+    for rank in ranks:
+        assert rank["names"][engine] == [plain] * (1 + 2 * STEPS)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torchrun import leave_together, torchrun
 from trainer_cases import Run, assert_same, llama, tokens
 
 import hf_galore
-from hf_galore.lowrank_layer import UPDATE
+from hf_galore.lowrank_parameters import UPDATE
 from hf_galore.shards import whole
 
 STEPS, SAVE, KILLED = 6, 2, 5  # T = 2; checkpoints 2, 4 and 6

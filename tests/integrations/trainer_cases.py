@@ -144,6 +144,18 @@ class StepRecorder(transformers.TrainerCallback):
         return [distance(before, after) for before, after in itertools.pairwise(self.weights)]
 
 
+class NamesRecorder(transformers.TrainerCallback):
+    """Keeps the names of the parameters of the callbacks' model, as training begins and before and after each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append([name for name, _ in kwargs["model"].named_parameters()])
+
+    on_step_begin = on_step_end = on_train_begin
+
+
 @dataclass(frozen=True)
 class Run:
     """How to train: `optim` by whichever implementation stands behind the name now, in a folder for the output."""
