@@ -6,20 +6,29 @@
     model.save_pretrained(folder)                          # the float32 weights that were trained, as an adapter
     model = model.merge_and_unload(weights="packed")       # modules of transformers, with 2 bits for a weight
 
-An adapter holds whole weights, so that a model has one. Its layers are the model's own modules (`peft_layer`), and
-what they were is in a temporary file (`hf_galore.nn.originals`), from which `disable_adapter`, `unload` and
-`delete_adapter` take it.
+An adapter holds whole weights, so that a model has one that trains. Its layers are the model's own modules
+(`peft_layer`), and what they were is in a temporary file (`hf_galore.nn.originals`), from which `disable_adapter`,
+`unload` and `delete_adapter` take it.
+
+Further adapters are frozen copies of what it computes when they are added, in two bits a weight:
+
+    model.add_adapter("ref", model.peft_config["default"])
+
+TRL's trainers of preferences and rewards do that, and have their reference model in it.
 """
 
 from copy import copy
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.integrations import is_fsdp_enabled
 
 from hf_galore.checks import check_choice
-from hf_galore.integrations.peft_config import NAME, BitLinearConfig
+from hf_galore.integrations.peft_config import NAME, BitLinearConfig, is_copy
 from hf_galore.integrations.peft_layer import (
+    COPIES,
     BitLinearLayer,
     FormerLayer,
     Originals,
@@ -32,6 +41,7 @@ from hf_galore.integrations.peft_layer import (
 from hf_galore.integrations.peft_method import register_method, unregister_method
 from hf_galore.integrations.peft_packed import check_packable, packed
 from hf_galore.nn.convert import RESTORED, check_convertible, is_normed, share_activations
+from hf_galore.nn.frozen_copy import FrozenCopy
 from hf_galore.nn.originals import TensorFile
 from hf_galore.param_groups import ALL_LINEAR, fused_experts
 
@@ -66,23 +76,32 @@ class BitLinearModel(BaseTuner):
         """As peft's; nothing is changed if there is an error.
 
         Raises:
-            ValueError: the model has an adapter already, a target cannot become ternary, or there is a `state_dict`.
+            ValueError: the model has an adapter already and this is no frozen copy of it, a target cannot become
+                ternary, or there is a `state_dict`.
             OSError: there is no room for the original weights.
         """
-        others = [name for name in self.peft_config if name != adapter_name]
-        if others:
+        first = next(iter(self.peft_config))
+        if first != adapter_name and not is_copy(self.peft_config[adapter_name], self.peft_config[first]):
             del self.peft_config[adapter_name]
             raise ValueError(
-                f"the model has the adapter {others[0]!r} already: a BitLinear adapter holds whole weights, so that a "
-                "model has one. Delete that adapter first, or load the model again"
+                f"the model has the adapter {first!r} already: a BitLinear adapter holds whole weights, so that a "
+                "model has one that trains. For another, load the model again. For a frozen copy of the one there is, "
+                f"add_adapter({adapter_name!r}, model.peft_config[{first!r}])"
             )
         if state_dict is not None:
             raise ValueError("the targets of BitLinear are those of its config: leave out state_dict")
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        share_activations(model)
+        if first == adapter_name:
+            share_activations(model)
+        else:
+            _copy_modules_to_save(model, first, adapter_name)
 
     def _prepare_model(self, peft_config: BitLinearConfig, model: nn.Module) -> None:
-        """Checks the targets and keeps what they are."""
+        """Checks the targets and keeps what they are; for a frozen copy, that they can be copied."""
+        layers = {path: m for path, m in model.named_modules() if isinstance(m, BitLinearLayer)}
+        if layers:
+            _refuse_uncopied(layers)
+            return
         wanted = copy(peft_config)
         if isinstance(wanted.target_modules, str) and wanted.target_modules.lower() == ALL_LINEAR:
             _refuse_experts(model)
@@ -108,6 +127,9 @@ class BitLinearModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(target, BitLinearLayer):
+            target.freeze(adapter_name)
+            return
         install(
             target,
             self._originals.pop(target),
@@ -116,6 +138,20 @@ class BitLinearModel(BaseTuner):
             use_rms_norm=is_normed(target_name, peft_config.use_rms_norm, peft_config.use_sub_norm),
             rms_norm_eps=peft_config.rms_norm_eps,
         )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As peft's.
+
+        Raises:
+            ValueError: the original is not known, or there are copies of the adapter.
+        """
+        copies = [name for layer in self._layers().values() if layer.adapter == adapter_name for name in layer.frozen]
+        if copies:
+            raise ValueError(f"{adapter_name!r} has the frozen copy {copies[0]!r}: delete that adapter first")
+        super().delete_adapter(adapter_name)
+
+    def _layers(self) -> dict[str, BitLinearLayer]:
+        return {path: m for path, m in self.model.named_modules() if isinstance(m, BitLinearLayer)}
 
     def unload(self) -> nn.Module:
         """The original model.
@@ -141,7 +177,7 @@ class BitLinearModel(BaseTuner):
 
         Raises:
             ValueError: `weights` is none of these; a layer has an RMSNorm of its own, which nn.Linear has not; a layer
-                that cannot be packed; or with `safe_merge`, a weight is not finite.
+                that cannot be packed; the adapter is a frozen copy; or with `safe_merge`, a weight is not finite.
         """
         check_choice("weights", weights, MERGED)
         return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, weights)
@@ -154,8 +190,14 @@ class BitLinearModel(BaseTuner):
         adapter_names: list[str] | None = None,
         weights: str = "master",
     ) -> nn.Module:
-        layers = {path: m for path, m in self.model.named_modules() if isinstance(m, BitLinearLayer)}
-        merge = merge and all(layer.adapter in (adapter_names or layer.active_adapters) for layer in layers.values())
+        layers = self._layers()
+        chosen = {name for layer in layers.values() for name in (adapter_names or layer.active_adapters)}
+        copies = sorted({name for layer in layers.values() for name in layer.frozen} & chosen)
+        if merge and copies:
+            raise ValueError(
+                f"{copies[0]!r} is a frozen copy, which is not merged: set_adapter to the one that trains"
+            )
+        merge = merge and all(layer.adapter in chosen for layer in layers.values())
         if merge and weights == "packed":
             check_packable(layers)
         elif merge:
@@ -177,21 +219,86 @@ class BitLinearModel(BaseTuner):
                 module.leave()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel around the PeftModel does not send: copies, which never change, in every call.
+
+        torch asks the module that it wraps, and a PeftModel asks this.
+        """
+        copies = [f"base_model.{name}" for name, _ in self.named_buffers() if f".{COPIES}." in name]
+        return [*getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()), *copies]
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The key: those of the trained weights do not have the name of the adapter."""
         return key
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """As peft's.
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: BitLinearConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """As peft's; of a copy, what it holds.
 
         Raises:
             ValueError: the layers are merged, so that their weights are not those that were trained.
         """
         if any(isinstance(module, BitLinearLayer) and module.merged for module in model.modules()):
             raise ValueError("the adapter is merged: call unmerge_adapter() before it is saved")
-        return super()._get_adapter_state_dict(model, *args, **kwargs)
+        copies = _copies(model, adapter_name)
+        if copies:
+            return {f"{path}.{name}": value for path, kept in copies.items() for name, value in kept.values().items()}
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: BitLinearConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As peft's; what is of a copy is loaded here, as it is no part of the model's state dict.
+
+        Raises:
+            ValueError: a file of a copy is loaded as the adapter that trains, or the other way round, or it is of
+                other layers.
+        """
+        copies = _copies(model, adapter_name)
+        in_file = {key for key in state_dict if f".{COPIES}." in key}
+        if in_file and not copies:
+            raise ValueError(f"{adapter_name!r}: the file has a frozen copy, and no weights that could be trained")
+        if copies and not in_file:
+            raise ValueError(f"{adapter_name!r} is a frozen copy here, and the file has weights that were trained")
+        for path, kept in copies.items():
+            start = f"{path}."
+            kept.load({key.removeprefix(start): state_dict[key] for key in in_file if key.startswith(start)})
+        others = {key: value for key, value in state_dict.items() if key not in in_file}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others)
+
+
+def _copies(model: nn.Module, adapter: str) -> dict[str, FrozenCopy]:
+    """The copies of the adapter by what they are called in its file; none for the adapter that trains."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, BitLinearLayer) and adapter in m.frozen}
+    return {f"{path}.{COPIES}": layer.frozen[adapter] for path, layer in layers.items()}
+
+
+def _copy_modules_to_save(model: nn.Module, source: str, target: str) -> None:
+    """Gives an adapter the values of another's modules_to_save, where peft put those of the original."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and target in module.modules_to_save:
+            module.modules_to_save[target].load_state_dict(module.modules_to_save[source].state_dict())
+
+
+def _refuse_uncopied(layers: dict[str, BitLinearLayer]) -> None:
+    """Raises ValueError for layers of which two bits a weight do not say what they compute, or that are not here."""
+    if is_fsdp_enabled():
+        raise ValueError(
+            "FSDP_CPU_RAM_EFFICIENT_LOADING: ranks other than the first have no weights yet that a frozen copy could "
+            "be made of; set it to false"
+        )
+    for path, layer in layers.items():
+        if layer.weight_lambda != 1 or layer.activation_lambda != 1:
+            raise ValueError(
+                f"{path!r} has weight_lambda={layer.weight_lambda}, activation_lambda={layer.activation_lambda}: a "
+                "frozen copy holds two bits a weight, those of a layer with 1 and 1. Set these (set_lambdas), or give "
+                "TRL's trainer (DPO, KTO) a second model with the adapter as ref_model=second.get_base_model()"
+            )
 
 
 def _refuse_experts(model: nn.Module) -> None:

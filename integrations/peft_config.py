@@ -1,6 +1,6 @@
 """What a user says of BitLinear as a PEFT method."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig
@@ -51,6 +51,18 @@ class BitLinearConfig(PeftConfig):
         check_number("rms_norm_eps", self.rms_norm_eps, low=0.0)
         check_norms(self.use_rms_norm, self.use_sub_norm)
         check_modules(self, ALL_LINEAR)
+
+
+def is_copy(config: BitLinearConfig, of: BitLinearConfig) -> bool:
+    """Whether a second config asks for a frozen copy: it is the first itself, or as that and for inference."""
+    return config is of or (config.inference_mode and _chosen(config) == _chosen(of))
+
+
+def _chosen(config: BitLinearConfig) -> dict[str, Any]:
+    """What the user chose, but for whether the original is kept; lists, which peft makes sets of, in no order."""
+    names = {one.name for one in fields(BitLinearConfig)} - {one.name for one in fields(PeftConfig)}
+    values = {name: getattr(config, name) for name in names - {"keep_original"}}
+    return {name: set(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def check_modules(config: Any, everything: str, has_layers: bool = False) -> None:

@@ -1,7 +1,8 @@
 """The layer of BitLinear as a PEFT method: nn.Linear modules that are made ternary where they stand.
 
 There is no wrapper and no second weight. What is trained, saved and given to the optimizer is `<module>.weight`, and
-`<module>.bias` and `<module>.rms_norm` where there are such.
+`<module>.bias` and `<module>.rms_norm` where there are such. Other adapters are copies of what these were at a time,
+`<module>.copies.<adapter>`, in two bits a weight.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch.nn.functional import linear
 
 from hf_galore.nn.bitlinear import BitLinear
 from hf_galore.nn.convert import become, check_convertible, to_bitlinear, to_linear
+from hf_galore.nn.frozen_copy import FrozenCopy
 from hf_galore.nn.functional import Ternary, dequantize
 from hf_galore.nn.originals import Original, TensorFile, UnkeptOriginal
 
@@ -44,7 +46,10 @@ def registered() -> Any:
 
 
 class BitLinearLayer(BitLinear, BaseTunerLayer):
-    """A BitLinear that peft takes for the layer of an adapter, and that computes as its original while disabled."""
+    """A BitLinear that peft takes for the layer of adapters, and that computes as its original while disabled.
+
+    One adapter trains; others are frozen copies of it.
+    """
 
     weight = registered()
     bias = registered()
@@ -66,13 +71,29 @@ class BitLinearLayer(BitLinear, BaseTunerLayer):
 
     def stop(self) -> None:
         super().stop()
+        self._modules.pop(COPIES, None)
         for name in _ATTRIBUTES:
             self.__dict__.pop(name, None)
 
     @property
     def trained(self) -> nn.ModuleDict:
-        """What trains, by the name of the adapter: peft's own methods freeze it, thaw it and report on it."""
-        return nn.ModuleDict({self.adapter: self})
+        """What acts, by the name of the adapter: peft's own methods freeze it, thaw it and report on it."""
+        return nn.ModuleDict({self.adapter: self, **self.frozen})
+
+    @property
+    def frozen(self) -> dict[str, FrozenCopy]:
+        """The copies of what it was, by the names of their adapters."""
+        copies: Any = self._modules.get(COPIES)
+        return {} if copies is None else dict(copies.items())
+
+    def freeze(self, adapter: str) -> None:
+        """Keeps what the layer computes now as another adapter.
+
+        Raises:
+            ValueError: it is not fully quantized.
+        """
+        copies = {**self.frozen, adapter: FrozenCopy(self)}
+        self.add_module(COPIES, nn.ModuleDict(copies))
 
     @property
     def acts(self) -> bool:
@@ -82,6 +103,10 @@ class BitLinearLayer(BitLinear, BaseTunerLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.acts:
             return super().forward(x)
+        copy = next((self.frozen[name] for name in self.active_adapters if name in self.frozen), None)
+        if copy is not None and not self.disable_adapters:
+            y: Tensor = copy(x, self.shared)
+            return y
         weight, bias = self.original()
         return linear(x, weight.to(x.device), bias)
 
@@ -99,7 +124,15 @@ class BitLinearLayer(BitLinear, BaseTunerLayer):
             raise ValueError(f"{error}: load the model again, with BitLinearConfig(keep_original=True)") from error
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As peft's; and what trained before a copy took the place of the adapter trains again when it is back."""
+        acted, trainable = self.acts, self._trainable()
         super().set_adapter(adapter_names, inference_mode)
+        if acted and not self.acts:
+            self._thawed = trainable
+        elif not acted:
+            self.requires_grad_(False)
+            if self.acts and not inference_mode:
+                self._thaw()
         self.quantized = self.acts
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -110,33 +143,50 @@ class BitLinearLayer(BitLinear, BaseTunerLayer):
         """
         if enabled is not self._disable_adapters:
             return
+        acted = self.acts
         if not enabled:
             self.original()
             self.unmerge()
-            self._thawed = [param for param in self.parameters() if param.requires_grad]
-        for param in self._thawed:
-            param.requires_grad_(enabled)
         self._disable_adapters = not enabled
+        if acted:
+            self._thawed = self._trainable()
+            self.requires_grad_(False)
+        elif self.acts:
+            self._thaw()
         self.quantized = self.acts
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [param for param in self.parameters() if param.requires_grad]
+
+    def _thaw(self) -> None:
+        for param in self._thawed:
+            param.requires_grad_(True)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Makes the layer what it was, but for its class: peft goes on to ask it which adapters it has.
 
+        The name of a copy deletes the copy alone; if that was active, the trained adapter is.
+
         Raises:
-            ValueError: that is not known.
+            ValueError: what it was is not known.
         """
         if adapter_name == self.adapter:
             become(restore(self), FormerLayer)
+        elif adapter_name in self.frozen:
+            copies = {name: copy for name, copy in self.frozen.items() if name != adapter_name}
+            self.add_module(COPIES, nn.ModuleDict(copies))
+            if adapter_name in self.active_adapters:
+                self.set_adapter(self.adapter)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts t·s in the place of W, for whoever reads the weight; the layer computes what it did.
 
-        W stays in memory, for `unmerge`.
+        W stays in memory, for `unmerge`. Copies are not merged.
 
         Raises:
             ValueError: with `safe_merge`, the weight is not finite.
         """
-        if check_adapters_to_merge(self, adapter_names):
+        if self.adapter in check_adapters_to_merge(self, adapter_names):
             ternary = self.ternary()
             if safe_merge:
                 self.check_finite()
@@ -179,6 +229,7 @@ class FormerLayer(nn.Linear, BaseTunerLayer):
         become(self, nn.Linear)
 
 
+COPIES = "copies"
 _ATTRIBUTES = (
     "adapter",
     "originals",

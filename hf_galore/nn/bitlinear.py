@@ -115,9 +115,7 @@ class BitLinear(nn.Linear):
         if not self.quantized:
             return linear(x, self.plain_weight().to(x.device), self.bias)
         x = self.normalized(x)
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = computed_dtype(x)
         tokens, a = self.tokens(x)
         matrix, s = self.matrix(dtype)
         y: Tensor = StraightThrough.apply(x, self.weight, self.bias, dtype, tokens, a, matrix, s)
@@ -145,10 +143,7 @@ class BitLinear(nn.Linear):
     def normalized(self, x: Tensor) -> Tensor:
         """RMSNorm, in float32, of x (..., n) in the dtype of x; x itself without one."""
         norm = self.rms_norm
-        if norm is None:
-            return x
-        shape = tuple(norm.normalized_shape)
-        return nn.functional.rms_norm(x.float(), shape, norm.weight.float(), norm.eps).to(x.dtype)
+        return x if norm is None else normalized(x, norm.weight, norm.eps)
 
     def whole_weight(self) -> Tensor:
         """All of the weight with what is held elsewhere, without a gradient; collective where ranks have its rows."""
@@ -194,6 +189,18 @@ class BitLinear(nn.Linear):
 
         super()._apply(moved, recurse)
         return self
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """What a layer computes in that is given x: autocast's dtype under autocast, else that of x."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def normalized(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    """RMSNorm, in float32, of x (..., n) with a weight (n,), in the dtype of x."""
+    return nn.functional.rms_norm(x.float(), tuple(weight.shape), weight.float(), eps).to(x.dtype)
 
 
 _ATTRIBUTES = (

@@ -457,8 +457,8 @@ def test_a_second_adapter_is_refused_and_changes_nothing(make, tmp_path):
     config = BitLinearConfig(task_type=TASK)
     for add in (
         lambda: model.add_adapter("second", config),
-        lambda: model.add_adapter("second", model.peft_config["default"]),
-        lambda: model.load_adapter(tmp_path, "second"),
+        lambda: model.add_adapter("second", BitLinearConfig(task_type=TASK, inference_mode=True, use_rms_norm=True)),
+        lambda: model.load_adapter(tmp_path, "second", is_trainable=True),
     ):
         with pytest.raises(ValueError, match="the model has the adapter 'default' already"):
             add()
