@@ -2,12 +2,16 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_galore.integrations.compatibility import cache_argument
 
-_KEEP_NO_KEYS = {"linear_attention", "conv", "dummy"}  # types of layers whose caches hold no keys and values
+# Types of layers whose caches hold no keys and values; transformers 5.22 calls some dummies "moe" and "mlp".
+KEEP_NO_KEYS = {"linear_attention", "conv", "dummy", "moe", "mlp"}
+_FIRST_IDS = 64
 
 
 def decoder_of(model: Any) -> Any:
@@ -32,4 +36,16 @@ def keeps_keys(decoder: Any) -> bool:
     if cache_argument(decoder.forward) is None:
         return False
     types, _ = get_layer_types_and_kwargs(decoder.config)
-    return not set(types) <= _KEEP_NO_KEYS
+    return not set(types) <= KEEP_NO_KEYS
+
+
+@torch.no_grad()
+def likely_token(decoder: Any) -> Tensor:
+    """The id (1, 1), among the first of the vocabulary, with the longest embedding: for trial runs.
+
+    An id, because some decoders look up more than the embeddings for it; and this one, because the embeddings of
+    padding and of unused tokens are often zeros, of which all is zero.
+    """
+    embeddings = decoder.get_input_embeddings()
+    ids = torch.arange(min(_FIRST_IDS, decoder.config.vocab_size), device=decoder.device)
+    return embeddings(ids).float().norm(dim=-1).argmax().view(1, 1)

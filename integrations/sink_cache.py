@@ -5,16 +5,24 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
 
 from hf_galore.attention.sink_window import SinkWindow
 from hf_galore.checks import check_integer
-from hf_galore.integrations.decoders import decoder_of
+from hf_galore.integrations.decoders import KEEP_NO_KEYS, decoder_of
 from hf_galore.integrations.rotary import KeyRotation, position_limit
 from hf_galore.integrations.sink_forward import attach
-from hf_galore.integrations.sink_layer import SinkLayer, SinkSteps
+from hf_galore.integrations.sink_layer import HybridSinkLayer, SinkLayer, SinkSteps
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+HYBRID = "hybrid"  # linear and full attention side by side
+_OWN_WINDOW = {SLIDING, "hybrid_sliding"}
 # Positions stay below this: up to here the angles, in float32, are exact to 0.004.
 POSITION_LIMIT = 2**16
 
@@ -64,7 +72,7 @@ class SinkCache(Cache):
         config = self.decoder.config
         types, options = get_layer_types_and_kwargs(config)
         capacity = n_sink + window
-        is_sink = _sink_layers(config, types, options, capacity)
+        sinks = _types_with_sinks(config, types, options, capacity)
         limit = position_limit(config)
         if limit is not None and 2 * capacity > limit:
             raise ValueError(
@@ -74,25 +82,29 @@ class SinkCache(Cache):
         rotation = KeyRotation(self.decoder, types)
         positions = SinkWindow(n_sink, window, limit or max(POSITION_LIMIT, 2 * capacity))
         self.steps = SinkSteps(positions, rotation, torch.promote_types(self.decoder.dtype, torch.float32))
-        layers = [
-            SinkLayer(self.steps, index) if is_sink[index] else DynamicSlidingWindowLayer(**options[index])
-            for index in range(len(types))
-        ]
+        layers = [self._layer(index, kind, kind in sinks, options[index]) for index, kind in enumerate(types)]
         super().__init__(layers=layers)
+        self.has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
         attach(self, self.decoder)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
+        """Bytes of all keys, values and states."""
         return sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer))
+
+    def _layer(self, index: int, kind: str, has_sinks: bool, options: dict[str, Any]) -> Any:
+        if not has_sinks:
+            return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+        return HybridSinkLayer(self.steps, index, **options) if kind == HYBRID else SinkLayer(self.steps, index)
 
     def turn_back(self, fall: Tensor) -> None:
         """Rotates all stored keys back by `fall` positions (rows,): positions are counted from there now."""
         for index, layer in enumerate(self.layers):
-            if not layer.is_initialized:
+            if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
                 continue
-            turn = self.steps.turn(-fall[:, None].expand(-1, layer.keys.shape[2]))
-            layer.keys.copy_(turn.rotate(index, layer.keys.to(self.steps.dtype)))
+            turning: Any = layer.values if self.steps.rotation.turns_values(index) else layer.keys
+            turn = self.steps.turn(-fall[:, None].expand(-1, turning.shape[2]))
+            turning.copy_(turn.rotate(index, turning.to(self.steps.dtype)))
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """None: -1."""
@@ -110,12 +122,15 @@ class SinkCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
-        super().batch_select_indices(indices)
+        for layer in self.layers:
+            select = getattr(layer, "batch_select_indices", layer.reorder_cache)  # states have the second alone
+            select(indices)
         self.steps.window.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row so many times."""
-        rows = torch.arange(self.layers[0].keys.shape[0]).repeat_interleave(repeats)
+        sinks = next(layer for layer in self.layers if isinstance(layer, SinkLayer))
+        rows = torch.arange(len(sinks.ring.keys)).repeat_interleave(repeats)
         self.batch_select_indices(rows)
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
@@ -142,23 +157,38 @@ class SinkCache(Cache):
         return new
 
 
-def _tensors(layer: Any) -> tuple[Tensor, ...]:
-    if not layer.is_initialized:
-        return ()
-    return layer.ring.tensors() if isinstance(layer, SinkLayer) else (layer.keys, layer.values)
+def _tensors(layer: Any) -> list[Tensor]:
+    """What the layer holds."""
+    held: list[Tensor | None] = []
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        held += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    if isinstance(layer, CacheLayerMixin) and layer.is_initialized:
+        held += layer.ring.tensors() if isinstance(layer, SinkLayer) else (layer.keys, layer.values)
+    return [tensor for tensor in held if tensor is not None]
 
 
-def _sink_layers(config: Any, types: list[str], options: list[dict[str, Any]], capacity: int) -> list[bool]:
-    """Which layers keep sinks: those with full attention; where there is none, all, if sinks are in their windows."""
-    other = sorted(set(types) - {FULL, SLIDING})
+def _types_with_sinks(config: Any, types: list[str], options: list[dict[str, Any]], capacity: int) -> set[str]:
+    """Which types of layers keep sinks: full attention; where there is none, sliding, if sinks are in its windows.
+
+    Raises:
+        ValueError: no layer can, or there are layers of a type that has another kind of cache.
+    """
+    other = sorted(set(types) - {FULL, HYBRID} - _OWN_WINDOW - KEEP_NO_KEYS)
     if other:
-        raise ValueError(f"model: layers of {config.model_type} are {', '.join(other)}; SinkCache is for attention")
-    if FULL in types:
-        return [kind == FULL for kind in types]
-    narrowest = min(option["sliding_window"] for option in options)
-    if capacity > narrowest:
         raise ValueError(
-            f"window: all layers of {config.model_type} have a sliding window of {narrowest} tokens, outside of which "
-            f"sinks are masked; n_sink + window is {capacity} and may be {narrowest}"
+            f"model: layers of {config.model_type} are {', '.join(other)}; SinkCache knows full and sliding attention "
+            "and, beside it, layers that keep states"
         )
-    return [True] * len(types)
+    if {FULL, HYBRID} & set(types):
+        return {FULL, HYBRID}
+    windows = [option["sliding_window"] for kind, option in zip(types, options, strict=True) if kind == SLIDING]
+    if not windows:
+        raise ValueError(
+            f"model: layers of {config.model_type} are {', '.join(sorted(set(types)))}; SinkCache is for attention"
+        )
+    if capacity > min(windows):
+        raise ValueError(
+            f"window: all attention layers of {config.model_type} have a sliding window of {min(windows)} tokens, "
+            f"outside of which sinks are masked; n_sink + window is {capacity} and may be {min(windows)}"
+        )
+    return {SLIDING}

@@ -19,6 +19,7 @@ Inputs = dict[str, Any]
 _TAKES_MASKS = ("eager", "sdpa")  # attention implementations that a mask for each query can be given
 _PER_TOKEN = ("input_ids", "inputs_embeds")
 _MASK_CACHE = cache_argument(create_sliding_window_causal_mask)
+_OF_STATES = ("linear_attention", "conv")  # what models call their masks for layers that keep states
 _SMALLEST_CHUNK = 16
 _ALL_TOKENS = "generate() takes all tokens, or the new ones with an attention_mask for all"
 
@@ -51,6 +52,8 @@ def _before(
     if not window.most_padding:
         inputs["attention_mask"] = None
     sizes = _parts(window, new, decoder.config._attn_implementation)
+    if cache.has_states:
+        _check_padding_is_masked(window, sizes)
     earlier = []
     if len(sizes) > 1:
         _check_divisible(decoder, inputs)
@@ -122,6 +125,13 @@ def _check_positions(window: SinkWindow, positions: Tensor | None, new: int) -> 
         raise ValueError(f"input_ids: no token is new after the {window.seen} seen; {_ALL_TOKENS}")
     if positions is None or torch.compiler.is_compiling():  # a graph cannot raise what depends on data
         return
+    if positions.ndim == 3:  # of models that count images in three dimensions, and time besides
+        if not (positions == positions[:1]).all():
+            raise ValueError(
+                "position_ids: they count an image or a video in three dimensions, and SinkCache counts tokens: it takes "
+                "text alone here"
+            )
+        positions = positions[0]
     if new == 1 and not window.most_padding and positions.ndim == 2 and (positions == window.seen).all():
         return
     expected = window.seen + torch.arange(new, device=positions.device) - window.padding.to(positions.device)[:, None]
@@ -130,6 +140,18 @@ def _check_positions(window: SinkWindow, positions: Tensor | None, new: int) -> 
             "position_ids: SinkCache counts positions itself; leave them out, or count the tokens of each row through "
             f"all calls; {_ALL_TOKENS}"
         )
+
+
+def _check_padding_is_masked(window: SinkWindow, sizes: list[int]) -> None:
+    """Raises ValueError where transformers would let padding into the states of layers: in passes of one token."""
+    start = window.seen
+    for size in sizes:
+        if size == 1 and start < window.most_padding:
+            raise ValueError(
+                "attention_mask: the layers of this model that keep states take padding for a token if it comes alone: "
+                "pass it together with the tokens after it, with attn_implementation 'eager' or 'sdpa'"
+            )
+        start += size
 
 
 def _parts(window: SinkWindow, new: int, implementation: str) -> list[int]:
@@ -172,19 +194,25 @@ def _divided(inputs: Inputs, sizes: list[int], seen: int) -> list[Inputs]:
 
 
 def _masks(cache: "SinkCache", decoder: Any, inputs: Inputs, step: Step, batch: int) -> Any:
-    """The step's mask as transformers takes it: for one kind of layer, or for both."""
+    """The step's mask as transformers takes it: for one kind of layer, or for all."""
     assert step.mask is not None
-    config = decoder.config
     mask = step.mask[:, None].expand(batch, -1, -1, -1)
-    if config._attn_implementation == "eager":
+    if decoder.config._attn_implementation == "eager":
         blocked = torch.full((), torch.finfo(decoder.dtype).min, dtype=decoder.dtype, device=mask.device)
         mask = torch.where(mask, torch.zeros_like(blocked), blocked)
-    if True not in cache.is_sliding:
-        return mask
-    sliding = create_sliding_window_causal_mask(
-        config=config,
-        inputs_embeds=torch.empty(batch, step.new, 0, dtype=decoder.dtype, device=mask.device),
+    masks = {"full_attention": mask}
+    if cache.has_states:
+        tokens = inputs.get("attention_mask")
+        masks |= dict.fromkeys(_OF_STATES, None if tokens is None else tokens[:, -step.new :])
+    if True in cache.is_sliding:
+        masks["sliding_attention"] = _sliding_mask(cache, decoder, inputs, step, batch)
+    return mask if len(masks) == 1 else masks
+
+
+def _sliding_mask(cache: "SinkCache", decoder: Any, inputs: Inputs, step: Step, batch: int) -> Any:
+    return create_sliding_window_causal_mask(
+        config=decoder.config,
+        inputs_embeds=torch.empty(batch, step.new, 0, dtype=decoder.dtype, device=step.positions.device),
         attention_mask=inputs.get("attention_mask"),
         **{_MASK_CACHE: cache},
     )
-    return {"full_attention": mask, "sliding_attention": sliding}

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from hf_galore.attention.sink_ring import SinkRing, join_sinks
 from hf_galore.attention.sink_window import SinkWindow, Step
@@ -70,20 +70,35 @@ class SinkSteps:
 
 
 class SinkLayer(CacheLayerMixin):
-    """The cache of one layer with full attention: a `SinkRing`, allocated at the first tokens."""
+    """The cache of one layer with full attention: a `SinkRing`, allocated at the first tokens.
+
+    Multi-head latent attention caches the rotated channels of its keys as values, and its latents as keys: the ring
+    is given what turns as its keys.
+    """
 
     is_sliding = False
 
     def __init__(self, steps: SinkSteps, index: int) -> None:
         super().__init__()
         self.steps, self.index = steps, index
+        self.is_latent = steps.rotation.turns_values(index)
         self.ring = steps.rings[index] = SinkRing(steps.window.n_sink, steps.window.capacity)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates all that the layer will ever need."""
-        self.ring.allocate(key_states, value_states)
-        self.keys, self.values = self.ring.keys, self.ring.values
+        self._allocate(key_states, value_states)
+
+    def _allocate(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.ring.allocate(*self._turning_first(key_states, value_states))
+        self._show()
         self.is_initialized = True
+
+    def _show(self) -> None:
+        self.keys, self.values = self._turning_first(self.ring.keys, self.ring.values)
+
+    def _turning_first(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in the ring's order; or those of the ring in the model's."""
+        return (second, first) if self.is_latent else (first, second)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values that the new tokens attend to.
@@ -98,8 +113,9 @@ class SinkLayer(CacheLayerMixin):
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise RuntimeError("a SinkCache overwrites what it holds and has no gradients: use torch.no_grad()")
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        return self.ring.append(key_states, value_states, step, self._rotate_sinks)
+            self._allocate(key_states, value_states)
+        new = self._turning_first(key_states, value_states)
+        return self._turning_first(*self.ring.append(*new, step, self._rotate_sinks))
 
     def _rotate_sinks(self, keys: Tensor) -> Tensor:
         if self.index in self.steps.turned:
@@ -137,4 +153,33 @@ class SinkLayer(CacheLayerMixin):
         if self.is_initialized:
             self.ring.select_rows(rows)
             self.steps.split()
-            self.keys, self.values = self.ring.keys, self.ring.values
+            self._show()
+
+
+class HybridSinkLayer(LinearAttentionLayer, SinkLayer):
+    """The cache of a layer with linear and full attention side by side: states, which go their own way, and a ring.
+
+    Args:
+        options: those of the states.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, steps: SinkSteps, index: int, **options: Any) -> None:
+        SinkLayer.__init__(self, steps, index)
+        LinearAttentionLayer.__init__(self, **options)
+
+    def reset(self) -> None:
+        """Forgets states and tokens."""
+        LinearAttentionLayer.reset(self)
+        SinkLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of the beams."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        SinkLayer.reorder_cache(self, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        self.reorder_cache(indices)

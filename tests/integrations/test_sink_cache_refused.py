@@ -72,7 +72,7 @@ def test_sizes(arguments, error, reason):
 
 
 def test_windows_that_the_model_cannot_have():
-    with pytest.raises(ValueError, match=f"all layers of mistral have a sliding window of {N} tokens.* may be {N}"):
+    with pytest.raises(ValueError, match=f"all attention layers of mistral have a sliding window of {N} tokens.* may be {N}"):
         SinkCache(build("mistral_sliding"), S, W + 1)
     with pytest.raises(ValueError, match=f"changes from position {2 * N} on, .* half of that, {N}"):
         SinkCache(build("llama_dynamic"), S, W + 1)
