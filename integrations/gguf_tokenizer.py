@@ -1,9 +1,16 @@
-"""A tokenizer of transformers in the metadata of a GGUF file."""
+"""A tokenizer of transformers in the metadata of a GGUF file.
+
+llama.cpp makes tokens by code of its own, which has names for the ways in which text is split, two flags, and nothing
+for the rest of what a tokenizer.json can say. A tokenizer that it would not follow is refused.
+"""
 
 import json
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer
 
 # How text is split before merges are looked up: patterns of tokenizer.json, and llama.cpp's names of the same.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -13,13 +20,16 @@ SPLITS = {
     _CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _CONTRACTIONS + r"\p{N}" + _REST: "qwen2",
 }
+WHOLE_WORDS_FIRST = ("llama-bpe",)  # where llama.cpp looks for a word among the tokens before it merges
+BYTES = 256
+TEXT = "text"
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Any, config: Any) -> None:
-    """Adds tokens, merges, special tokens and the chat template; without a tokenizer, that there is none.
+    """Adds tokens, merges, special tokens, flags and the chat template; without a tokenizer, that there is none.
 
     Raises:
-        ValueError: it is not a byte-level BPE of the kinds that are known here.
+        ValueError: llama.cpp would make other tokens of a text than the tokenizer does.
     """
     if tokenizer is None:
         writer.add_tokenizer_model("none")  # llama.cpp then works with token ids
@@ -27,8 +37,11 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, config: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: {type(tokenizer).__name__} is not backed by the library tokenizers")
     description = json.loads(tokenizer.backend_tokenizer.to_str())
+    pre = split_name(description)
+    check_tokenizer(description, pre)
+    begins, ends = added_around(tokenizer)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split_name(description))
+    writer.add_tokenizer_pre(pre)
     tokens, types = token_list(tokenizer, config.vocab_size)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
@@ -38,6 +51,8 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, config: Any) -> None:
         number = getattr(tokenizer, f"{kind}_token_id")
         if number is not None:
             getattr(writer, f"add_{kind}_token_id")(number)
+    writer.add_add_bos_token(begins)  # llama.cpp has defaults of its own, by the name of the split
+    writer.add_add_eos_token(ends)
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
 
@@ -50,16 +65,103 @@ def split_name(description: dict[str, Any]) -> str:
     """
     first = description["pre_tokenizer"] or {}
     parts = first.get("pretokenizers", [first])
-    patterns = [part["pattern"].get("Regex") for part in parts if part.get("type") == "Split"]
-    levels = [part for part in parts if part.get("type") == "ByteLevel"]
-    pattern = patterns[0] if patterns else None
-    plain = len(levels) == 1 and len(parts) == len(patterns) + 1 and len(patterns) <= 1
-    if description["model"]["type"] != "BPE" or not plain or levels[0]["add_prefix_space"] or pattern not in SPLITS:
+    *splits, level = parts
+    pattern = splits[0].get("pattern", {}).get("Regex") if splits else None
+    is_plain = (
+        description["model"]["type"] == "BPE"
+        and level.get("type") == "ByteLevel"
+        and not level["add_prefix_space"]
+        and level["use_regex"] == (not splits)  # GPT-2's pattern is the level's own
+        and len(splits) <= 1
+        and all(part["type"] == "Split" and part["behavior"] == "Isolated" and not part["invert"] for part in splits)
+    )
+    if not is_plain or pattern not in SPLITS or (pattern is None and splits):
         raise ValueError(
             "tokenizer: a GGUF file gets one that is a byte-level BPE with the splits of GPT-2, Llama 3 or Qwen2 and "
             "no space in front. Write it without (tokenizer=None), and add this one with llama.cpp's converter"
         )
     return SPLITS[pattern]
+
+
+def check_tokenizer(description: dict[str, Any], pre: str) -> None:
+    """Raises ValueError for what a byte-level BPE may do besides that llama.cpp does not; warns of NFC."""
+    model, added = description["model"], description["added_tokens"]
+    problems = [*_problems_of_model(model), *_problems_of_added(added)]
+    kinds = _kinds(description["normalizer"])
+    problems += [f"the normalizer {kind}" for kind in kinds if kind != "NFC"]
+    if bool(model.get("ignore_merges")) != (pre in WHOLE_WORDS_FIRST) and not _merges_make_every_token(description):
+        problems.append(f"ignore_merges={bool(model.get('ignore_merges'))} with the split {pre}")
+    if problems:
+        raise ValueError(f"tokenizer: llama.cpp would make other tokens, for it does not know {', '.join(problems)}")
+    if "NFC" in kinds:
+        warnings.warn(
+            "tokenizer: it normalizes text to NFC and llama.cpp does not, which makes other tokens of text that is "
+            "not NFC already",
+            stacklevel=2,
+        )
+
+
+def _problems_of_model(model: dict[str, Any]) -> Iterator[str]:
+    """What the merges do that llama.cpp's do not."""
+    if model.get("dropout"):
+        yield f"dropout={model['dropout']}"
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            yield f"{name}={model[name]!r}"
+    found = sum(len(token) == 1 for token in model["vocab"])
+    if found < BYTES:
+        yield f"a vocabulary with {found} of {BYTES} bytes"
+
+
+def _problems_of_added(added: list[dict[str, Any]]) -> Iterator[str]:
+    """Where added tokens are found in a text by rules that llama.cpp has not."""
+    for token in added:
+        for name in ("lstrip", "rstrip", "single_word"):
+            if token[name]:
+                yield f"{name}=True of {token['content']!r}"
+    contents = [token["content"] for token in added]
+    ends = {content[start:]: content for content in contents for start in range(1, len(content))}
+    for content in contents:
+        for end in range(1, len(content)):
+            other = ends.get(content[:end])
+            if other is not None and len(other) <= len(content) and len({*other, *content}) > 1 and other != content:
+                yield f"that {other!r} comes before {content!r} where they overlap"
+
+
+def _kinds(normalizer: dict[str, Any] | None) -> list[str]:
+    """The kinds of the normalizers that are one after another in this one."""
+    if normalizer is None:
+        return []
+    if normalizer["type"] == "Sequence":
+        return [kind for part in normalizer["normalizers"] for kind in _kinds(part)]
+    return [normalizer["type"]]
+
+
+def _merges_make_every_token(description: dict[str, Any]) -> bool:
+    """Whether it is all the same if words are looked for among the tokens first."""
+    plain = json.loads(json.dumps(description))
+    plain["model"]["ignore_merges"] = False
+    merge = Tokenizer.from_str(json.dumps(plain)).model.tokenize
+    added = {token["content"] for token in description["added_tokens"]}
+    return all(len(merge(token)) == 1 for token in description["model"]["vocab"] if token not in added)
+
+
+def added_around(tokenizer: Any) -> tuple[bool, bool]:
+    """Whether the tokenizer begins a text with bos, and ends it with eos, as it is seen to do.
+
+    Raises:
+        ValueError: it adds anything else.
+    """
+    text = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(TEXT)["input_ids"]
+    for begins in (False, True):
+        for ends in (False, True):
+            if whole == [tokenizer.bos_token_id] * begins + text + [tokenizer.eos_token_id] * ends:
+                return begins, ends
+    raise ValueError(
+        f"tokenizer: it makes {tokenizer.convert_ids_to_tokens(whole)} of {TEXT!r}, and llama.cpp adds bos "
+        f"({tokenizer.bos_token}) in front and eos ({tokenizer.eos_token}) at the end, or neither"
+    )
 
 
 def token_list(tokenizer: Any, size: int) -> tuple[list[str], list[int]]:

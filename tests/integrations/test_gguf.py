@@ -2,9 +2,12 @@
 
 import json
 
+import llama_cpp
 import numpy as np
 import pytest
 import torch
+from gguf_tokenizers import TEXTS, WRITTEN, bpe, sentencepiece
+from tokenizers import AddedToken, Tokenizer, normalizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -51,8 +54,10 @@ def llama(**config):
 
 MODELS = {
     "llama": llama,
-    "qwen2": lambda: ternary(Qwen2ForCausalLM(Qwen2Config(**SIZES))),
-    "qwen3": lambda: ternary(Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=128, tie_word_embeddings=True))),
+    "qwen2": lambda **config: ternary(Qwen2ForCausalLM(Qwen2Config(**SIZES | config))),
+    "qwen3": lambda **config: ternary(
+        Qwen3ForCausalLM(Qwen3Config(**SIZES | config, head_dim=128, tie_word_embeddings=True))
+    ),
 }
 
 
@@ -105,26 +110,14 @@ def test_matrices_are_two_bits_a_weight(tmp_path):
     assert reader.fields["llama.attention.head_count_kv"].contents() == 1
 
 
-def tokenizer(pattern=None, prefix=False):
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.BPE())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=pattern is None)
-    if pattern is not None:
-        level = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), level])
-    backend.pre_tokenizer = level
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
-    )
-    backend.train_from_iterator(["the lazy dog and the quick fox, the fox"] * 5, trainer)
-    backend.add_tokens([AddedToken("<tool>", special=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<s>")
+def gguf_of(tokenizer, tmp_path):
+    """The file of a small model with the tokenizer."""
+    save_bitnet(llama(vocab_size=448), tmp_path / "out", "gguf", tokenizer=tokenizer)
+    return tmp_path / "out" / "model.gguf"
 
 
 def test_tokenizer_comes_back(tmp_path):
-    written = tokenizer()
+    written = bpe(vocab_size=300)
     written.chat_template = "{{ messages }}"
     save_bitnet(llama(), tmp_path / "out", "gguf", tokenizer=written)
     fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
@@ -140,11 +133,53 @@ def test_tokenizer_comes_back(tmp_path):
     assert read.encode(text, add_special_tokens=False) == written.encode(text, add_special_tokens=False)
 
 
-def test_splits_are_known_by_their_pattern(tmp_path):
-    from hf_galore.integrations.gguf_tokenizer import SPLITS, split_name
+@pytest.mark.parametrize("name", WRITTEN)
+def test_flags_say_what_the_tokenizer_does(tmp_path, name):
+    make, begins, ends = WRITTEN[name]
+    written = make()
+    file = gguf_of(written, tmp_path)
+    fields = gguf.GGUFReader(file).fields
+    flags = [fields[f"tokenizer.ggml.add_{kind}_token"].contents() for kind in ("bos", "eos")]
+    assert flags == [begins, ends]
+    assert fields["tokenizer.ggml.pre"].contents() in name.replace("llama 3", "llama-bpe")
 
-    for pattern, name in SPLITS.items():
-        assert split_name(json.loads(tokenizer(pattern).backend_tokenizer.to_str())) == name
+
+@llama_cpp.needed
+@pytest.mark.parametrize("name", WRITTEN)
+def test_llama_cpp_makes_the_same_tokens(tmp_path, name):
+    make, begins, ends = WRITTEN[name]
+    written = make()
+    answer = llama_cpp.ask(gguf_of(written, tmp_path), TEXTS)
+    assert (answer["begins"], answer["ends"]) == (begins, ends)
+    for text, found in zip(TEXTS, answer["texts"], strict=True):
+        around = [written.bos_token_id] * begins, [written.eos_token_id] * ends
+        assert [*around[0], *found, *around[1]] == written(text)["input_ids"], text
+
+
+def changed(part, **values):
+    """The tokenizer of GPT-2's kind with other values in a part of its description."""
+    return remade(bpe(), lambda description: description[part].update(values))
+
+
+def remade(tokenizer, change):
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(description)
+    backend = Tokenizer.from_str(json.dumps(description))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def with_a_word(split, ignore_merges):
+    """A tokenizer with a word that no merges lead to."""
+
+    def change(description):
+        description["model"]["vocab"]["zqzq"] = len(description["model"]["vocab"]) + 10
+
+    return remade(bpe(split, ignore_merges=ignore_merges), change)
+
+
+def splitting_twice():
+    """Qwen2's pattern, and GPT-2's after it."""
+    return remade(bpe("qwen2"), lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True))
 
 
 CASES = {
@@ -166,15 +201,48 @@ CASES = {
         {},
         "its layers have an RMSNorm of their own",
     ),
-    "space": (llama, {"tokenizer": tokenizer(prefix=True)}, "tokenizer: .* no space in front"),
-    "split": (llama, {"tokenizer": tokenizer(r"\d")}, "tokenizer: a GGUF file gets one that is a byte-level BPE"),
+    "space": (llama, {"tokenizer": bpe(prefix=True)}, "tokenizer: .* no space in front"),
+    "split": (llama, {"tokenizer": bpe(r"\d")}, "tokenizer: a GGUF file gets one that is a byte-level BPE"),
+    "sentencepiece": (llama, {"tokenizer": sentencepiece()}, "tokenizer: a GGUF file gets one that is a byte-level"),
+    "lowercase": (llama, {"tokenizer": bpe(normalizer=normalizers.Lowercase())}, "the normalizer Lowercase"),
+    "strips": (llama, {"tokenizer": bpe(added=[AddedToken("<m>", lstrip=True)])}, "know lstrip=True of '<m>'"),
+    "overlap": (
+        llama,
+        {"tokenizer": bpe(added=[AddedToken("<ab"), AddedToken("abcd>")])},
+        "that '<ab' comes before 'abcd>' where they overlap",
+    ),
+    "template": (llama, {"tokenizer": bpe(template="</s> $A")}, r"it makes \['</s>', .*\] of 'text'"),
+    "dropout": (llama, {"tokenizer": changed("model", dropout=0.1)}, "does not know dropout=0.1"),
+    "bytes": (llama, {"tokenizer": bpe(alphabet=["a"])}, "a vocabulary with .* of 256 bytes"),
+    "words": (llama, {"tokenizer": with_a_word("llama-bpe", False)}, "ignore_merges=False with the split llama-bpe"),
+    "merges": (llama, {"tokenizer": with_a_word("qwen2", True)}, "ignore_merges=True with the split qwen2"),
+    "regex twice": (llama, {"tokenizer": splitting_twice()}, "tokenizer: a GGUF file gets one that is a byte-level"),
     "tokens": (
         lambda: llama(vocab_size=256),
-        {"tokenizer": tokenizer()},
+        {"tokenizer": bpe()},
         "it has .* tokens, the model 256",
     ),
     "slow": (llama, {"tokenizer": object()}, "tokenizer: object is not backed by the library tokenizers"),
 }
+
+
+def test_nfc_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="it normalizes text to NFC and llama.cpp does not"):
+        gguf_of(bpe("qwen2", normalizer=normalizers.NFC()), tmp_path)
+
+
+@llama_cpp.needed
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_goes_on_as_the_model_does(tmp_path, name):
+    """Greedy decoding. All inputs of ternary layers are 256 wide, of which llama.cpp has one scale, as the layer."""
+    model = MODELS[name](intermediate_size=256, vocab_size=448)
+    save_bitnet(model, tmp_path / "out", "gguf", tokenizer=bpe())
+    prompts = torch.randint(3, 400, (3, 12))
+    answer = llama_cpp.ask(tmp_path / "out" / "model.gguf", [], prompts.tolist(), 8)
+    expected = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=8, do_sample=False, eos_token_id=None
+    )
+    assert answer["prompts"] == expected[:, 12:].tolist()
 
 
 @pytest.mark.parametrize("case", CASES)
