@@ -1,5 +1,6 @@
 """Which part of a transformers model is its decoder, and whether that attends to what it has seen."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -49,3 +50,35 @@ def likely_token(decoder: Any) -> Tensor:
     embeddings = decoder.get_input_embeddings()
     ids = torch.arange(min(_FIRST_IDS, decoder.config.vocab_size), device=decoder.device)
     return embeddings(ids).float().norm(dim=-1).argmax().view(1, 1)
+
+
+class _Reached(Exception):
+    """Ends a trial run at the decoder."""
+
+
+@torch.no_grad()
+def makes_masks(model: Any, decoder: Any) -> bool:
+    """Whether the model hands its decoder masks of its own for the mask (batch, tokens) that it is given.
+
+    Those with images often do, where image tokens attend in both directions. Models that do not run on token ids
+    alone are taken for others.
+    """
+    names = list(inspect.signature(decoder.forward).parameters)
+    found = []
+
+    def see(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+        found.append(mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2))
+        raise _Reached
+
+    ids = likely_token(decoder).expand(2, 3)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    hook = decoder.register_forward_pre_hook(see, with_kwargs=True, prepend=True)
+    try:
+        model(input_ids=ids, attention_mask=mask)
+    except (_Reached, TypeError, ValueError, AttributeError, RuntimeError):
+        pass
+    finally:
+        hook.remove()
+    return any(found)

@@ -22,7 +22,9 @@ from hf_galore.integrations.sink_cache import SinkCache
 Inputs = dict[str, Any]
 CHILD = "bias_tokens"  # transformers' Trainer does not decay what has "bias" in its name
 _PLACED = "_hf_galore_placed"
-_KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
+_OF_IMAGES = "visual_pos_masks"  # which tokens are of images (batch, tokens)
+_KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", _OF_IMAGES}
+_PLANES = 4  # of positions, if they have those for masks in front of three for images
 
 
 def hook_decoder(decoder: Any) -> tuple[Any, ...]:
@@ -77,6 +79,9 @@ def _before(names: list[str], decoder: Any, args: tuple[Any, ...], kwargs: Input
     inputs |= {"input_ids": None, "inputs_embeds": placement.put(own[None], embeds)}
     if mask is not None:
         inputs["attention_mask"] = placement.put(mask.new_ones(1, len(own)), mask)
+    of_images = inputs.get(_OF_IMAGES)
+    if of_images is not None:
+        inputs[_OF_IMAGES] = placement.put(of_images.new_zeros(1, len(own)), of_images)
     if inputs.get("position_ids") is not None:
         inputs["position_ids"] = _positions(inputs["position_ids"], placement, len(embeds))
     setattr(decoder, _PLACED, (placement, inputs["inputs_embeds"].shape[:2]))
@@ -94,6 +99,8 @@ def _continued(inputs: Inputs, cache: PrefixedCache) -> Inputs:
 
 def _positions(given: Tensor, placement: Placement, batch: int) -> Tensor:
     """Positions of all: ours begin where the row's first token did, and move the tokens on."""
+    if given.ndim == 3:  # of images in three dimensions, and of time besides
+        return torch.stack([_positions(plane, placement, batch) for plane in given])
     first = given[:, :1]
     if placement.after is not None:
         given = given.expand(batch, -1)
@@ -149,14 +156,18 @@ def _check(inputs: Inputs) -> None:
             "attention_mask: register tokens need one of (batch, tokens). generate() makes others for static caches, "
             "unless the tokens were added to the model that generates and not to a part of it"
         )
-    if positions is not None and positions.ndim != 2:
-        raise ValueError("position_ids: register tokens need those of (batch, tokens)")
+    if positions is not None and positions.ndim not in (2, 3):
+        raise ValueError("position_ids: register tokens need those of (batch, tokens), or (dimensions, batch, tokens)")
     tensors = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
     others, cache, paged = sorted(tensors - _KNOWN), cache_of(inputs), inputs.get("cache")
     if others or (paged is not None and paged is not cache):
         raise ValueError(f"{', '.join(others) or 'cache'}: register tokens do not go with this input")
     if positions is None or mask is not None or cache is not None:
         return
+    if positions.ndim == 3:
+        if len(positions) != _PLANES:
+            return
+        positions = positions[0]
     if not torch.compiler.is_compiling() and bool((positions.diff(dim=1) != 1).any()):
         raise ValueError("position_ids: sequences packed into one row would share register tokens: pad instead")
 

@@ -19,11 +19,12 @@ from hf_galore.attention.blocks import find_blocks
 from hf_galore.attention.registers import STD, RegisterTokens, check_registers
 from hf_galore.integrations import register_decoder, register_vision
 from hf_galore.integrations.attention_modules import example_of
-from hf_galore.integrations.decoders import decoder_of, keeps_keys
+from hf_galore.integrations.decoders import decoder_of, keeps_keys, makes_masks
 from hf_galore.integrations.register_decoder import CHILD, hook_decoder, masks_later
 from hf_galore.integrations.register_vision import EMBEDDINGS, hook_vision
 
 _MASKS = "create_masks_for_generate"  # which generate() asks the model for, if it has it
+_REFUSALS = (RuntimeError, ValueError, LookupError, AttributeError, TypeError)  # that a trial run may end in
 _EFFECT = 1e-3  # of a token on the output of an earlier one, in units of that on its own
 
 
@@ -165,6 +166,8 @@ class _Trial(nn.Module):
 def _check_decoder(home: Home) -> None:
     """Raises ValueError unless the decoder is given embeddings as well as ids, and no token sees a later one."""
     decoder: Any = home.inner
+    if getattr(decoder.config, "hidden_size_per_layer_input", None):
+        raise ValueError(_refusal(home.model, "it looks up inputs of each layer by token ids, and they have none"))
     ids = torch.tensor([[0, 1, 0]], device=decoder.device)
     embeds = decoder.get_input_embeddings()(ids)
     with _refusing(home.model, "it does not run on embeddings"):
@@ -175,8 +178,32 @@ def _check_decoder(home: Home) -> None:
         raise ValueError(_refusal(home.model, "embeddings of ids are not all that it makes of ids"))
     if change[0] > _EFFECT * change[2]:
         raise ValueError(_refusal(home.model, "tokens attend to later ones; it is no decoder"))
-    if _tried(home, input_ids=ids).shape != of_ids.shape:
+    if _tried(home, decoder, input_ids=ids).shape != of_ids.shape:
         raise ValueError(_refusal(home.model, "its first output is not one sequence of hidden states"))
+    _check_whole(home)
+
+
+def _check_whole(home: Home) -> None:
+    """Raises ValueError unless the decoder takes them in the model around it too, which prepares its inputs."""
+    if makes_masks(home.model, home.inner):
+        raise ValueError(
+            _refusal(home.model, "it makes the masks of its decoder itself, for images that attend in both directions")
+        )
+    ids = torch.tensor([[0, 1, 0]], device=home.inner.device)
+    try:
+        _tried(home, home.model, input_ids=ids, attention_mask=torch.ones_like(ids))
+    except ValueError:
+        if _runs_on_ids(home.model, ids):
+            raise
+
+
+def _runs_on_ids(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether it needs nothing beside token ids, such as images."""
+    try:
+        model(input_ids=ids)
+    except _REFUSALS:
+        return False
+    return True
 
 
 def _check_vision(home: Home) -> None:
@@ -184,13 +211,13 @@ def _check_vision(home: Home) -> None:
     before: Any = home.inner(**example_of(home.inner))[0]
     if not isinstance(before, Tensor) or before.ndim != 3:
         raise ValueError(_refusal(home.model, "its first output is not one sequence of hidden states"))
-    after = _tried(home, **example_of(home.inner))
+    after = _tried(home, home.inner, **example_of(home.inner))
     if after.shape != before.shape or torch.equal(after, before):
         raise ValueError(_refusal(home.model, "its output does not come from its `embeddings` with more tokens"))
 
 
-def _tried(home: Home, **inputs: Any) -> Any:
-    """The first output with a token on trial.
+def _tried(home: Home, model: Any, **inputs: Any) -> Any:
+    """The first output of the model, or of the decoder or vision transformer in it, with a token on trial.
 
     Raises:
         ValueError: there is none.
@@ -198,7 +225,7 @@ def _tried(home: Home, **inputs: Any) -> Any:
     install(home, _Trial(home.dim))
     try:
         with _refusing(home.model, "it does not run with them"):
-            return home.inner(**inputs)[0]
+            return model(**inputs)[0]
     finally:
         uninstall(home.model)
 
@@ -208,7 +235,7 @@ def _refusing(model: nn.Module, reason: str) -> Iterator[None]:
     """Makes a refusal of what a model may raise that is not made for it."""
     try:
         yield
-    except (RuntimeError, ValueError, IndexError, AttributeError, TypeError) as error:
+    except _REFUSALS as error:
         raise ValueError(_refusal(model, f"{reason} ({error})")) from error
 
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import (
 
 from hf_galore.attention.sink_window import SinkWindow
 from hf_galore.checks import check_integer
-from hf_galore.integrations.decoders import KEEP_NO_KEYS, decoder_of
+from hf_galore.integrations.decoders import KEEP_NO_KEYS, decoder_of, makes_masks
 from hf_galore.integrations.rotary import KeyRotation, position_limit
 from hf_galore.integrations.sink_forward import attach
 from hf_galore.integrations.sink_layer import HybridSinkLayer, SinkLayer, SinkSteps
@@ -40,7 +40,9 @@ class SinkCache(Cache):
 
     A hook on the model's decoder, which does nothing for other caches and goes when this one does, gives it the
     positions, sees the padding, and divides long prompts into chunks. Layers with a sliding window of their own keep
-    it, in models that mix them with full attention. Queries of several tokens that do not fit into the cache need a
+    it, in models that mix them with full attention, and layers of linear attention or convolutions their states, which
+    are of constant size and forget nothing. Where images are counted in three dimensions (Qwen2-VL), text alone is
+    taken. Queries of several tokens that do not fit into the cache need a
     mask, which `eager` and `sdpa` take; other attention implementations are fed such prompts token by token.
 
     `torch.compile(model.forward)` makes one graph of a step, with `fullgraph` and with padding too, that serves all
@@ -56,9 +58,9 @@ class SinkCache(Cache):
         window: last tokens that stay.
 
     Raises:
-        TypeError, ValueError: wrong types and sizes; no rotary embeddings in some layer; layers that are neither full
-            nor sliding attention; a sliding window or a rotary embedding (dynamic, longrope) that the cache does not
-            fit into.
+        TypeError, ValueError: wrong types and sizes; no rotary embeddings in some layer that attends; attention that is
+            neither full nor sliding; a sliding window or a rotary embedding (dynamic, longrope) that the cache does not
+            fit into; masks that the model makes for its decoder.
     """
 
     def __init__(self, model: Any, n_sink: int = 4, window: int = 1020) -> None:
@@ -69,6 +71,11 @@ class SinkCache(Cache):
         if model.training:
             raise ValueError("model: it is in training mode; SinkCache is for generation, after model.eval()")
         self.decoder = decoder_of(model)
+        if makes_masks(model, self.decoder):
+            raise ValueError(
+                f"model: {type(model).__name__} makes the masks of its decoder itself, for images that attend in both "
+                "directions, and SinkCache needs masks of its own there"
+            )
         config = self.decoder.config
         types, options = get_layer_types_and_kwargs(config)
         capacity = n_sink + window
@@ -111,8 +118,11 @@ class SinkCache(Cache):
         return -1
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Forgets all tokens, and the size of the batch."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                LinearAttentionCacheLayerMixin.__init__(layer, layer.number_of_states)
         self.steps.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Inputs = dict[str, Any]
 _TAKES_MASKS = ("eager", "sdpa")  # attention implementations that a mask for each query can be given
-_PER_TOKEN = ("input_ids", "inputs_embeds")
+_PER_TOKEN = ("input_ids", "inputs_embeds", "per_layer_inputs")
 _MASK_CACHE = cache_argument(create_sliding_window_causal_mask)
 _OF_STATES = ("linear_attention", "conv")  # what models call their masks for layers that keep states
 _SMALLEST_CHUNK = 16

@@ -6,10 +6,16 @@ from functools import partial
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionLayer,
+    get_layer_types_and_kwargs,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_galore.integrations.decoders import decoder_of
+from hf_galore.integrations.decoders import KEEP_NO_KEYS, decoder_of
 
 S, W = 3, 9
 N = S + W
@@ -87,7 +93,68 @@ ARCHITECTURES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
+    "qwen3_next": (  # linear attention beside full, and experts
+        "qwen3_next",
+        {
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "falcon_h1": (  # both in each layer
+        "falcon_h1",
+        {
+            "head_dim": 16,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+        },
+    ),
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 6,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 1,
+}
+# Of one layer, or of two that share keys: no key depends on what was evicted.
+SHALLOW = {
+    "llama": ("llama", {"num_hidden_layers": 1}),
+    "deepseek_v2": ("deepseek_v2", _LATENT),  # latent attention, and angles that are complex numbers
+    "deepseek_v3": ("deepseek_v3", _LATENT),
+    "minicpm3": ("minicpm3", _LATENT),
+    "bailing_hybrid": ("bailing_hybrid", _LATENT | {"layer_types": ["full_attention"]}),  # no function that rotates
+    "gemma4": (  # two layers with the same keys, which look up an input by the token's id
+        "gemma4_text",
+        {
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "layer_types": ["full_attention"] * 2,
+            "num_kv_shared_layers": 1,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+        },
+    ),
+    "lfm2_moe": (  # a rotary embedding of another name
+        "lfm2_moe",
+        {"num_hidden_layers": 1, "layer_types": ["full_attention"], "num_dense_layers": 1, "num_experts": 4},
+    ),
+}
+STATES = {"qwen3_next", "lfm2", "falcon_h1"}  # layers of theirs keep states, and take no padding token by token
 NO_SDPA = {"gpt_oss"}
 BY_TYPE = {"gemma3", "modernbert"}  # a rotary embedding for each type of layer
 PARTIAL = {"phi"}  # where the modeling file divides the channels before it rotates some
@@ -95,7 +162,7 @@ PARTIAL = {"phi"}  # where the modeling file divides the channels before it rota
 
 def build(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes):
     """The model of ARCHITECTURES, seeded, with weights large enough that attention is not flat."""
-    kind, own = ARCHITECTURES[name]
+    kind, own = (SHALLOW | ARCHITECTURES)[name]
     config = CONFIG_MAPPING[kind](**{**_SMALL, **own, **changes})
     attention = "eager" if name in NO_SDPA else attention
     torch.manual_seed(0)
@@ -163,14 +230,25 @@ class LiteralLayer(CacheLayerMixin):
         return -1
 
 
+class LiteralHybridLayer(LinearAttentionLayer, LiteralLayer):
+    """That beside the states of the library."""
+
+    def __init__(self, *args):
+        LiteralLayer.__init__(self, *args)
+        LinearAttentionLayer.__init__(self)
+
+    def lazy_initialization(self, *args, **kwargs):
+        (LiteralLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+
 @torch.no_grad()
 def literal_logits(name: str, model, ids: torch.Tensor, n_sink: int = S, window: int = W) -> torch.Tensor:
     """Logits (1, tokens, vocab) of one row, token by token. Native sliding layers keep their own window, no sinks."""
     decoder = decoder_of(model)
     modeling = sys.modules[type(decoder).__module__]
     apply = modeling.apply_rotary_pos_emb
-    types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * decoder.config.num_hidden_layers
-    mixed = len(set(types)) > 1
+    types, options = get_layer_types_and_kwargs(decoder.config)
+    mixed = len(set(types)) > 1 or name == "falcon_h1"
     position = 0
 
     def rope(keys, kind):
@@ -183,10 +261,14 @@ def literal_logits(name: str, model, ids: torch.Tensor, n_sink: int = S, window:
         return torch.cat([turned, keys[..., part:]], -1)
 
     layers = []
-    for kind in types:
+    for kind, option in zip(types, options, strict=True):
+        if kind in KEEP_NO_KEYS:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**option))
+            continue
         native = mixed and kind == "sliding_attention"
         sizes = (0, decoder.config.sliding_window) if native else (n_sink, window)
-        layers.append(LiteralLayer(*sizes, partial(rope, kind=kind)))
+        literal = LiteralHybridLayer if kind == "hybrid" else LiteralLayer
+        layers.append(literal(*sizes, partial(rope, kind=kind)))
     cache = Cache(layers=layers)
     modeling.apply_rotary_pos_emb = lambda q, k, cos, sin, *rest: (apply(q, q, cos, sin, *rest)[0], k)
     try:
@@ -195,7 +277,7 @@ def literal_logits(name: str, model, ids: torch.Tensor, n_sink: int = S, window:
             position = min(index, n_sink + window - 1)
             places = torch.tensor([[position]])
             # Every kept key is seen: no mask, in any layer.
-            mask = dict.fromkeys(set(types)) if mixed else None
+            mask = dict.fromkeys({*types, "full_attention", "linear_attention"}) if mixed else None
             logits = model(
                 ids[:, index : index + 1], position_ids=places, past_key_values=cache, attention_mask=mask
             ).logits

@@ -7,7 +7,9 @@ import pytest
 import torch
 from sink_cases import (
     ARCHITECTURES,
+    SHALLOW,
     SINGLE_TABLES,
+    STATES,
     TOKENS,
     N,
     S,
@@ -28,6 +30,11 @@ FEEDS = {
     "pieces": [5, 1, 20, 1, 1, 2, TOKENS - 30],
 }
 PADDING = [0, 2, 7, N + 4]
+PADDED_FEEDS_WITH_STATES = {
+    "token by token": [PADDING[-1] + 1] + [1] * (TOKENS - PADDING[-1] - 1),
+    "one prompt": [TOKENS],
+    "pieces": [5, 2, 20, 1, 1, 2, TOKENS - 31],
+}
 EXACT = {"rtol": 0, "atol": 1e-10}  # logits of size 6 in float64, through two layers
 
 
@@ -50,11 +57,12 @@ def test_equals_recomputation_within_the_cache(case, feed):
 
 @pytest.mark.parametrize("feed", FEEDS)
 def test_padded_rows_equal_the_rows_alone(case, feed):
-    _, model, ids, expected = case
+    name, model, ids, expected = case
+    sizes = PADDED_FEEDS_WITH_STATES[feed] if name in STATES else FEEDS[feed]
     batch = torch.cat([torch.cat([torch.zeros_like(ids[:, :pad]), ids[:, : TOKENS - pad]], 1) for pad in PADDING])
     mask = (torch.arange(TOKENS) >= torch.tensor(PADDING)[:, None]).long()
     with all_in_float64():
-        logits = fed(model, SinkCache(model, S, W), batch, FEEDS[feed], attention_mask=mask)
+        logits = fed(model, SinkCache(model, S, W), batch, sizes, attention_mask=mask)
     for row, pad in enumerate(PADDING):
         torch.testing.assert_close(logits[row : row + 1, pad:], expected[:, : TOKENS - pad], **EXACT)
 
@@ -106,11 +114,14 @@ def test_attention_implementations_without_masks_are_fed_token_by_token(monkeypa
         torch.testing.assert_close(logits, literal_logits("llama", model, ids), **EXACT)
 
 
-def test_one_layer_equals_the_model_without_a_cache_on_the_kept_tokens():
+@pytest.mark.parametrize("name", SHALLOW)
+def test_one_layer_equals_the_model_without_a_cache_on_the_kept_tokens(name):
     ids = tokens()
     with all_in_float64():
-        model = build("llama", num_hidden_layers=1)
+        model = build(name, **SHALLOW[name][1])
         logits = fed(model, SinkCache(model, S, W), ids)
+        for feed in FEEDS.values():
+            torch.testing.assert_close(fed(model, SinkCache(model, S, W), ids, feed), logits, **EXACT)
         for last in range(TOKENS):
             kept = [*range(min(S, last + 1)), *range(max(S, last + 1 - W), last + 1)]
             with torch.no_grad():
@@ -145,6 +156,29 @@ def test_positions_counted_anew(name, monkeypatch):
             torch.testing.assert_close(logits[1:, 5:], expected[:, :-5], **EXACT)
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "deepseek_v3"])
+def test_positions_counted_anew_beside_states_and_latents(name, monkeypatch):
+    ids = tokens()
+    with all_in_float64():
+        model = build(name)
+        expected = fed(model, SinkCache(model, S, W), ids)
+        monkeypatch.setattr("hf_galore.integrations.sink_cache.POSITION_LIMIT", 2 * N)
+        cache = SinkCache(model, S, W)
+        torch.testing.assert_close(fed(model, cache, ids), expected, **EXACT)
+    assert cache.steps.window.base.min() > 0
+
+
+def test_memory_is_flat_beside_states():
+    model = build("qwen3_next", torch.float32)
+    cache = SinkCache(model, S, W)
+    fed(model, cache, tokens(N), [N])
+    size = cache.nbytes
+    states = [*cache.layers[0].conv_states.values(), *cache.layers[0].recurrent_states.values()]
+    assert size == sum(held.nbytes for held in (*states, *cache.layers[1].ring.tensors()))
+    fed(model, cache, tokens(), [TOKENS])
+    assert cache.nbytes == size
+
+
 def test_memory_is_flat():
     model = build("llama", torch.float32)
     cache = SinkCache(model, S, W)
@@ -165,9 +199,10 @@ def test_memory_is_flat():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen3_next", "falcon_h1"])
 @pytest.mark.parametrize("select", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
-def test_rows_can_be_selected(select):
-    model, ids = build("llama"), tokens(rows=3)
+def test_rows_can_be_selected(select, name):
+    model, ids = build(name), tokens(rows=3)
     mask = (torch.arange(TOKENS) >= torch.tensor([[0], [4], [1]])).long()
     cache, rows = SinkCache(model, S, W), torch.tensor([2, 0, 0])
     before = 2 * N
@@ -196,8 +231,9 @@ def test_a_copy_goes_its_own_way():
     torch.testing.assert_close(fed(model, two, ids[:, 20:]), expected, **SINGLE_TABLES)
 
 
-def test_reset_and_another_batch_size():
-    model, ids = build("llama"), tokens(rows=2)
+@pytest.mark.parametrize("name", ["llama", "lfm2", "falcon_h1"])
+def test_reset_and_another_batch_size(name):
+    model, ids = build(name), tokens(rows=2)
     cache = SinkCache(model, S, W)
     fed(model, cache, ids)
     cache.reset()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sink_cases import SINGLE_TABLES, N, S, W, build, fed, literal_logits, tokens
+from transformers import DynamicCache
 
 from hf_galore import SinkCache
 
@@ -25,6 +26,15 @@ def test_generate_equals_a_loop(prompt):
     out = greedy(model, SinkCache(model, S, W), ids, 20)
     assert out.shape == (1, prompt + 20)
     assert_greedy(model, out, prompt)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "lfm2", "deepseek_v3"])
+def test_generate_beside_states_and_with_latents_equals_a_loop(name):
+    model, ids = build(name), tokens(2 * N)
+    out = greedy(model, SinkCache(model, S, W), ids, 15)
+    logits = fed(model, SinkCache(model, S, W), out)
+    assert torch.equal(out[0, 2 * N :], logits[0, 2 * N - 1 : -1].argmax(-1))
+    assert not torch.equal(out, greedy(model, DynamicCache(config=model.config), ids, 15))
 
 
 @pytest.mark.parametrize("chunk", [1, 7])

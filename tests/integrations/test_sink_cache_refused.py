@@ -9,6 +9,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_galore import SinkCache
 
 _LLAMA_LIKE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+_MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8, "head_dim": 8}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 POSITIONS = {
     "gpt2": ({"n_embd": 32, "n_head": 4, "n_layer": 2}, "GPT2Model .* it has learned positions .wpe."),
     "opt": (
@@ -34,7 +43,23 @@ POSITIONS = {
         {**_LLAMA_LIKE, "num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"]},
         "BeamModel .* the keys of full_attention have no position .NoPE.",
     ),
-    "gptj": ({"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, "GPTJModel .* no `rotary_emb`"),
+    "gptj": (  # in transformers 5.23 each layer has the table
+        {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4},
+        "GPTJModel .* (angles are in a table that ends|has no rotary embedding for all layers)",
+    ),
+    "nemotron_h": (
+        {**_LLAMA_LIKE, "layer_types": ["linear_attention", "full_attention"], **_MAMBA},
+        "NemotronHModel .* its keys have no position .NoPE.",
+    ),
+    "jamba": (
+        {**_LLAMA_LIKE, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1},
+        "JambaModel .* its keys have no position .NoPE.",
+    ),
+    "kimi_linear": (
+        {**_LLAMA_LIKE, **_LATENT, "layer_types": ["full_attention"] * 2, "first_k_dense_replace": 2},
+        "KimiLinearModel .* its keys have no position .NoPE.",
+    ),
+    "deepseek_v32": ({**_LLAMA_LIKE, **_LATENT}, "layers of deepseek_v32 are indexed_attention"),
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, "layers of mamba are"),
 }
 
@@ -124,7 +149,7 @@ HOLE, RIGHT = (torch.tensor([row]) for row in ([0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 
         ({"attention_mask": ONES[:, :5]}, "it is for 5 tokens; 0 were seen and 6 are new"),
         ({"attention_mask": ONES[None, None].bool()}, "needs the mask of .batch, tokens seen and new."),
         ({"position_ids": torch.arange(1, 7)[None]}, "SinkCache counts positions itself"),
-        ({"position_ids": torch.arange(6).expand(3, 1, 6)}, "SinkCache counts positions itself"),
+        ({"position_ids": torch.arange(18).view(3, 1, 6)}, "count an image or a video in three dimensions"),
     ],
     ids=["hole", "right", "narrow", "4-D", "positions", "3-D positions"],
 )
@@ -136,6 +161,17 @@ def test_masks_and_positions(inputs, reason):
         model(tokens(6), past_key_values=cache, **inputs)
     assert cache.get_seq_length() == 0
     fed(model, cache, tokens(6))
+
+
+@torch.no_grad()
+def test_padding_alone_before_states():
+    model, ids = build("lfm2"), tokens(6, rows=2)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    cache = SinkCache(model, S, W)
+    with pytest.raises(ValueError, match="take padding for a token if it comes alone: pass it together"):
+        fed(model, cache, ids, attention_mask=mask)
+    assert cache.get_seq_length() == 0
+    fed(model, cache, ids, [3, 1, 1, 1], attention_mask=mask)
 
 
 @torch.no_grad()
