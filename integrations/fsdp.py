@@ -1,5 +1,6 @@
 """GaLore under FSDP2: the one convention for the sides, and the small parameters of the projected backward sharded."""
 
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
@@ -10,12 +11,27 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_galore.frozen_weight import holds_codes
+from hf_galore.integrations.requirements import FSDP2, require
 from hf_galore.lowrank_backward import engine_of
 from hf_galore.messages import STD_IS_RIGHT, only_right
 
 logger = logging.get_logger(__name__)
 
-_prepare_model = hf_accelerator.fsdp2_prepare_model
+_FUNCTION = "fsdp2_prepare_model"
+_original: list[Callable[..., nn.Module]] = []
+
+
+def register() -> None:
+    """Makes accelerate shard models with the projected backward. Idempotent; see `unregister`."""
+    if not _original:
+        _original.append(vars(hf_accelerator)[_FUNCTION])
+        setattr(hf_accelerator, _FUNCTION, prepare_model)
+
+
+def unregister() -> None:
+    """Restores accelerate. Does nothing if it is not registered."""
+    if _original:
+        setattr(hf_accelerator, _FUNCTION, _original.pop())
 
 
 def shards_rows(optim: str) -> bool:
@@ -23,6 +39,7 @@ def shards_rows(optim: str) -> bool:
 
     Raises:
         ValueError: it is to shard it with FSDP1.
+        ImportError: accelerate has not what the projected backward needs for that.
     """
     state = AcceleratorState._shared_state  # empty until a Trainer has made its accelerator
     if state.get("distributed_type") != DistributedType.FSDP:
@@ -32,6 +49,7 @@ def shards_rows(optim: str) -> bool:
             f"optim={optim!r} does not run under FSDP1, whose flat shards hold no matrices; use FSDP2: "
             "fsdp_config={'version': 2} in TrainingArguments, or fsdp_version: 2 in accelerate's configuration"
         )
+    require(FSDP2)
     return True
 
 
@@ -63,10 +81,10 @@ def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """accelerate's function of this name; it moves parameters by state dicts, which show the small ones meanwhile."""
     engine = engine_of(model)
     if engine is None:
-        return _prepare_model(accelerator, model)
+        return _original[0](accelerator, model)
     engine.hides_updates = False
     try:
-        prepared = _prepare_model(accelerator, model)
+        prepared = _original[0](accelerator, model)
     finally:
         engine.hides_updates = True
     for layer in engine.layers.values():

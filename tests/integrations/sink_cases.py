@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from version_cases import with_cache
 
 from hf_galore.integrations.decoders import decoder_of
 
@@ -197,7 +198,7 @@ def literal_logits(name: str, model, ids: torch.Tensor, n_sink: int = S, window:
             # Every kept key is seen: no mask, in any layer.
             mask = dict.fromkeys(set(types)) if mixed else None
             logits = model(
-                ids[:, index : index + 1], position_ids=places, past_key_values=cache, attention_mask=mask
+                ids[:, index : index + 1], position_ids=places, attention_mask=mask, **with_cache(model, cache)
             ).logits
             out.append(logits)
     finally:
@@ -214,5 +215,5 @@ def fed(model, cache, ids: torch.Tensor, sizes=None, **kwargs) -> torch.Tensor:
     for piece in pieces:
         seen += piece.shape[1]
         part = None if mask is None else mask[:, :seen]
-        out.append(model(piece, past_key_values=cache, attention_mask=part, use_cache=True, **kwargs).logits)
+        out.append(model(piece, attention_mask=part, use_cache=True, **with_cache(model, cache), **kwargs).logits)
     return torch.cat(out, 1)
