@@ -74,7 +74,10 @@ __all__ = ["__version__", *_HOME_OF]
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'hf_galore' has no attribute {name!r}; it has {', '.join(sorted(_HOME_OF))}")
-    value = getattr(import_module(_HOME_OF[name]), name)
+    home = _HOME_OF[name]
+    if home.startswith("hf_galore.integrations."):
+        import_module("hf_galore.integrations.requirements").require_module(home)
+    value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

@@ -3,20 +3,30 @@
 import sys
 from importlib import import_module
 
-from transformers.utils.import_utils import is_bitsandbytes_available, is_peft_available
+from hf_galore.versions import refuse_older
 
-from hf_galore.integrations import accelerate_parameters as _accelerate
-from hf_galore.integrations import attention as _attention
-from hf_galore.integrations import deepspeed as _deepspeed
-from hf_galore.integrations import fsdp as _fsdp
-from hf_galore.integrations import transformers as _transformers
+refuse_older("torch", "transformers", "accelerate", "peft", "trl")
 
-_BITSANDBYTES = "hf_galore.integrations.bitsandbytes"
-_PEFT = (
-    "hf_galore.integrations.peft",
-    "hf_galore.integrations.peft_attention_bias",
-    "hf_galore.integrations.peft_register_tokens",
-)
+from transformers.utils.import_utils import is_bitsandbytes_available, is_peft_available  # noqa: E402
+
+from hf_galore.integrations import requirements  # noqa: E402
+
+_PACKAGE = "hf_galore.integrations."
+_GLUE = {
+    "transformers": requirements.TRAINER,
+    "fsdp": requirements.FSDP2,
+    "attention": requirements.ATTENTION_HOOKS,
+    "accelerate_parameters": requirements.PROJECTED_BACKWARD,
+    "deepspeed": requirements.DEEPSPEED,
+}
+_BITSANDBYTES = {"bitsandbytes": requirements.BITSANDBYTES}
+_PEFT = {
+    "peft": requirements.BITLINEAR_ADAPTER,
+    "peft_attention_bias": requirements.ATTENTION_BIAS_ADAPTER,
+    "peft_register_tokens": requirements.REGISTER_TOKENS_ADAPTER,
+    "peft_version": requirements.PEFT_VERSION,
+}
+_TRAINER_OFF = "trainer_off"
 
 
 def register() -> None:
@@ -24,31 +34,25 @@ def register() -> None:
 
     Attention modules of transformers run the hooks that are put on them. Quantized layers of bitsandbytes become
     trainable if it is installed, and peft knows BitLinearConfig, AttentionBiasConfig and RegisterTokensConfig if it
-    is.
+    is. What a feature rests on may be missing from the installed versions (`requirements`): then one warning says so,
+    that feature is refused by name, and all others work.
 
     Idempotent; `unregister` undoes it exactly.
     """
-    _transformers.register()
-    _attention.register()
-    _accelerate.register()
-    _deepspeed.register()
-    if is_bitsandbytes_available():
-        import_module(_BITSANDBYTES).register()
-    if is_peft_available():
-        for path in _PEFT:
-            import_module(path).register()
+    requirements.warn_of_missing()
+    glue = _GLUE | (_BITSANDBYTES if is_bitsandbytes_available() else {}) | (_PEFT if is_peft_available() else {})
+    for name, feature in glue.items():
+        if not requirements.missing(feature):
+            import_module(_PACKAGE + name).register()
+        elif feature is requirements.TRAINER:
+            import_module(_PACKAGE + _TRAINER_OFF).register()
 
 
 def unregister() -> None:
     """Restores everything as it was before `register`. Does nothing if it is not registered."""
-    _transformers.unregister()
-    _attention.unregister()
-    _accelerate.unregister()
-    _deepspeed.unregister()
-    _fsdp.unregister()
-    for path in (_BITSANDBYTES, *_PEFT):
-        if path in sys.modules:
-            sys.modules[path].unregister()
+    for name in (_TRAINER_OFF, *_GLUE, *_BITSANDBYTES, *_PEFT):
+        if _PACKAGE + name in sys.modules:
+            sys.modules[_PACKAGE + name].unregister()
 
 
 __all__ = ["register", "unregister"]

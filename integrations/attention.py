@@ -62,7 +62,9 @@ def add_hook(module: nn.Module, hook: Hook) -> None:
 
 
 def remove_hook(module: nn.Module, hook: Hook) -> None:
-    """Takes the hook off; the attribute goes with the last of them.
+    """Takes the hook off, or what equals it: a bound method is another object wherever it is written.
+
+    The attribute goes with the last of them.
 
     Raises:
         ValueError: the module has no such hook.
@@ -70,7 +72,7 @@ def remove_hook(module: nn.Module, hook: Hook) -> None:
     hooks = getattr(module, _HOOKS, ())
     if hook not in hooks:
         raise ValueError(f"the hook {hook!r} is not on this {type(module).__name__}")
-    left = tuple(other for other in hooks if other is not hook)
+    left = tuple(other for other in hooks if other != hook)
     if left:
         setattr(module, _HOOKS, left)
     else:

@@ -41,6 +41,9 @@ def attend(call: AttentionCall, attention: Attention, columns: Columns) -> Resul
         ValueError: the implementation, or an option of this call, is none that columns can be added to.
     """
     check_implementation(call.implementation)
+    # Before transformers 5.24 the attention function itself gathers keys from the paged cache of continuous batching.
+    # From 5.24 on they are gathered before: sdpa has what generate() gives it, and eager, under a name of its own, and
+    # flash attention, on packed rows, are refused below.
     if call.options.get("cache") is not None:
         raise ValueError("an attention bias does not run with the paged cache of continuous batching: use generate()")
     return KERNELS[call.implementation](call, attention, columns)

@@ -7,17 +7,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.integrations import sdpa_attention
 
 _OLD_NAME, _NEW_NAME = "past_key_values", "cache"
 
 # Packs the query heads that share keys, which transformers' sdpa does for one query; older ones repeat the keys.
-pack_gqa: Callable[[Tensor | None, int], Tensor | None] | None = getattr(sdpa_attention, "pack_gqa", None)
+pack_gqa: Callable[[Any, int], Any] | None = getattr(sdpa_attention, "pack_gqa", None)
 
 
-def cache_argument(function: Callable[..., Any]) -> str | None:
+def cache_argument(function: Callable[..., Any]) -> Any:
     """The name of the function's argument for a cache of keys and values, None if it has none."""
     parameters = inspect.signature(function).parameters
     # Where a function has both, `cache` is the paged cache of continuous batching.

@@ -16,11 +16,13 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from hf_galore.frozen_weight import WHOLE, holds_codes
+from hf_galore.integrations.requirements import DEEPSPEED_ENGINE, require
 from hf_galore.lowrank_backward import LowRankBackward, engine_of
 from hf_galore.lowrank_optimizer import detach
 from hf_galore.nn.bitlinear import castable_masters
 from hf_galore.optim.adamw import GaLoreAdamW
 from hf_galore.optim.optimizer import LowRankOptimizer
+from hf_galore.versions import refuse_older
 
 logger = get_logger(__name__)
 
@@ -62,6 +64,8 @@ def _prepare_model(self: Accelerator, *args: Any) -> Any:
     if optimizer is None or engine is None:
         _refuse_matrices(optimizer)
         return _original[0](self, *args)
+    refuse_older("deepspeed")
+    require(DEEPSPEED_ENGINE)
     config: dict[str, Any] = self.deepspeed_plugin.deepspeed_config
     check(engine, optimizer, config)
     detach(optimizer)

@@ -13,12 +13,30 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_galore.frozen_weight import holds_codes
+from hf_galore.integrations.requirements import FSDP2, require
 from hf_galore.lowrank_backward import engine_of, shown
 from hf_galore.messages import STD_IS_RIGHT, only_right
 
 logger = logging.get_logger(__name__)
 
-_prepare_model = hf_accelerator.fsdp2_prepare_model
+_FUNCTION = "fsdp2_prepare_model"
+_original: list[Callable[..., nn.Module]] = []
+
+
+def register() -> None:
+    """Makes accelerate shard models with the projected backward. Idempotent; see `unregister`."""
+    if not _original:
+        _original.append(vars(hf_accelerator)[_FUNCTION])
+        setattr(hf_accelerator, _FUNCTION, prepare_model)
+
+
+def unregister() -> None:
+    """Restores accelerate, and torch, which is changed when a model is prepared. Does nothing else."""
+    if _original:
+        setattr(hf_accelerator, _FUNCTION, _original.pop())
+    for name, function in _torch_functions.items():
+        setattr(import_module(_STATE_DICTS), name, function)
+    _torch_functions.clear()
 
 
 def shards_rows(optim: str) -> bool:
@@ -26,6 +44,7 @@ def shards_rows(optim: str) -> bool:
 
     Raises:
         ValueError: it is to shard it with FSDP1.
+        ImportError: accelerate has not what the projected backward needs for that.
     """
     state = AcceleratorState._shared_state  # empty until a Trainer has made its accelerator
     if state.get("distributed_type") != DistributedType.FSDP:
@@ -35,6 +54,7 @@ def shards_rows(optim: str) -> bool:
             f"optim={optim!r} does not run under FSDP1, whose flat shards hold no matrices; use FSDP2: "
             "fsdp_config={'version': 2} in TrainingArguments, or fsdp_version: 2 in accelerate's configuration"
         )
+    require(FSDP2)
     return True
 
 
@@ -66,11 +86,11 @@ def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """accelerate's function of this name; it moves parameters by state dicts, which show the small ones meanwhile."""
     engine = engine_of(model)
     if engine is None:
-        return _prepare_model(accelerator, model)
+        return _original[0](accelerator, model)
     _show_to_checkpoints()
     engine.hides_updates = False
     try:
-        prepared = _prepare_model(accelerator, model)
+        prepared = _original[0](accelerator, model)
     finally:
         engine.hides_updates = True
     for layer in engine.layers.values():
@@ -82,23 +102,16 @@ def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 _STATE_DICTS = "torch.distributed.checkpoint.state_dict"  # slow to import, and needed by FSDP2 alone
 _NAMES = ("get_optimizer_state_dict", "set_optimizer_state_dict", "get_state_dict", "set_state_dict")
-_originals: dict[str, Callable[..., Any]] = {}
+_torch_functions: dict[str, Callable[..., Any]] = {}
 
 
 def _show_to_checkpoints() -> None:
     """Makes torch's distributed state dicts of optimizers find the small parameters. Idempotent; see `unregister`."""
-    if not _originals:
+    if not _torch_functions:
         module = import_module(_STATE_DICTS)
         for name in _NAMES:
-            _originals[name] = getattr(module, name)
-            setattr(module, name, _showing(_originals[name]))
-
-
-def unregister() -> None:
-    """Restores torch. Does nothing if no model has been prepared."""
-    for name, function in _originals.items():
-        setattr(import_module(_STATE_DICTS), name, function)
-    _originals.clear()
+            _torch_functions[name] = getattr(module, name)
+            setattr(module, name, _showing(_torch_functions[name]))
 
 
 def _showing(function: Callable[..., Any]) -> Callable[..., Any]:

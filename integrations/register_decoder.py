@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from hf_galore.attention.placement import Placement, left_padding
 from hf_galore.integrations.compatibility import cache_of
-from hf_galore.integrations.prefixed_cache import PrefixedCache, make_room, mark, prefix_of
+from hf_galore.integrations.prefixed_cache import PrefixedCache, make_room, mark
 from hf_galore.integrations.sink_cache import SinkCache
 
 Inputs = dict[str, Any]
@@ -49,8 +49,7 @@ def masks_later(*, attention_mask: Any, **others: Any) -> Any:
     cache = cache_of(others)
     if not isinstance(attention_mask, Tensor) or not isinstance(cache, StaticCache):
         return attention_mask
-    width = cache.get_max_length() - prefix_of(cache)
-    return nn.functional.pad(attention_mask, (0, max(0, width - attention_mask.shape[1])))
+    return nn.functional.pad(attention_mask, (0, max(0, cache.get_max_length() - attention_mask.shape[1])))
 
 
 def _before(names: list[str], decoder: Any, args: tuple[Any, ...], kwargs: Inputs) -> tuple[tuple[()], Inputs] | None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import accelerator as hf_accelerator
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
@@ -30,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from hf_galore.frozen_weight import holds_codes, whole_shapes
 from hf_galore.integrations import fsdp
 from hf_galore.integrations.deepspeed import check_settings, check_targets, refuse_own_optimizer
+from hf_galore.integrations.requirements import DEEPSPEED, PROJECTED_BACKWARD, require
 from hf_galore.integrations.subspace_log import SubspaceLog
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 from hf_galore.lowrank_backward import disable, enable
@@ -68,7 +68,6 @@ def register() -> None:
     registry.update(dict.fromkeys(OPTIMIZERS, _galore_optimizer))
     registry.update(dict.fromkeys(LAYERWISE, _layerwise_optimizer))
     _replace(hf_trainer, "_parse_optim_args", _parse_optim_args)
-    _replace(hf_accelerator, "fsdp2_prepare_model", fsdp.prepare_model)
     _replace(hf_trainer, "validate_quantization_for_training", _validate_quantization_for_training)
     functools.update_wrapper(_init, hf_trainer.Trainer.__init__, assigned=())  # keeps its signature
     for name, method in _METHODS.items():
@@ -78,6 +77,8 @@ def register() -> None:
 
 def unregister() -> None:
     """Restores transformers exactly as it was before `register`. Does nothing if it is not registered."""
+    if not _handlers:
+        return
     trainer_optimizer._OPTIMIZER_HANDLERS.update(_handlers)
     _handlers.clear()
     while _replaced:
@@ -134,7 +135,9 @@ def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, 
 
     Raises:
         ValueError, TypeError: as `_galore_optimizer`.
+        ImportError: torch has not what the projected backward rests on.
     """
+    require(PROJECTED_BACKWARD)
     optimizer_class, kwargs, low_rank = _read(ctx, OPTIMIZERS | LAYERWISE, {**_GROUP_KEYS, **_LAYERWISE_KEYS})
     target_modules = ctx.args.optim_target_modules
     with whole_shapes(_model(ctx)):
@@ -271,6 +274,8 @@ def _engine() -> DistributedType | None:
 
 def _refuse_engine(optim: OptimizerNames) -> None:
     """Raises for engines under which the optimizer would train wrongly."""
+    if _engine() == DistributedType.DEEPSPEED:
+        require(DEEPSPEED)
     if _engine() == DistributedType.MEGATRON_LM:
         raise ValueError(
             f"optim={optim.value!r} does not run under Megatron-LM, which spreads matrices over ranks in its own way; "
@@ -423,10 +428,12 @@ def _is_from_bitsandbytes(model: Any) -> bool:
     return bool(method == QuantizationMethod.BITS_AND_BYTES) and is_bitsandbytes_available()
 
 
-def _load_from_checkpoint(self: hf_trainer.Trainer, checkpoint: str, model: nn.Module | None = None) -> None:
+def _load_from_checkpoint(
+    self: hf_trainer.Trainer, resume_from_checkpoint: str, model: nn.Module | None = None
+) -> None:
     """The Trainer's method, which would load the codes of 4-bit weights without their scales."""
     with _loading_scales(self.model if model is None else model):
-        _original("_load_from_checkpoint")(self, checkpoint, model)
+        _original("_load_from_checkpoint")(self, resume_from_checkpoint, model)
 
 
 def _load_best_model(self: hf_trainer.Trainer) -> None:

@@ -36,6 +36,7 @@ from activation_cases import (
     tokens,
 )
 from torch import nn
+from version_cases import cache_in, checkpoint_activations, with_cache
 
 import hf_galore
 from hf_galore import massive_activations, record_activations
@@ -245,7 +246,7 @@ def test_what_is_recomputed_counts_once():
     """Gradient checkpointing runs the attention of every block again in the backward pass."""
     model, ids = make("llama"), tokens(2, 8)
     wanted = massive_activations(model, [{"input_ids": ids}]).to_dict()
-    model.train().activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model.train(), use_reentrant=False)
     runs = []
     counter = blocks_of(model)[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
     with record_activations(model, attention=True) as recorder:
@@ -395,9 +396,9 @@ def test_what_cannot_be_is_refused(model, arguments, batch, error, match):
 def test_a_continued_sequence_is_refused():
     model, ids = make("llama"), tokens(1, 6)
     with record_activations(model):
-        cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=r"past_key_values: whole sequences are needed.*use_cache=False"):
-            model(input_ids=ids[:, 4:], past_key_values=cache)
+        cache = with_cache(model, cache_in(model(input_ids=ids[:, :4], use_cache=True)))
+        with pytest.raises(ValueError, match=rf"{next(iter(cache))}: whole sequences are needed.*use_cache=False"):
+            model(input_ids=ids[:, 4:], **cache)
 
 
 def test_activations_that_are_not_finite_are_refused():

@@ -26,9 +26,11 @@ from activation_cases import (
 )
 from torch import nn
 from torch.nn.functional import cross_entropy
+from version_cases import checkpoint_activations
 
 from hf_galore import intervene, intervention_perplexity, massive_activations
 from hf_galore.attention.perplexity import perplexity
+from hf_galore.integrations.compatibility import cache_argument
 
 
 def reported(name):
@@ -145,7 +147,7 @@ def test_generation_without_a_cache_goes_through_it():
     before = model.generate(ids, use_cache=False, **settings).logits
     with intervene(model, report, "zero"):
         after = model.generate(ids, use_cache=False, **settings).logits
-        with pytest.raises(ValueError, match="past_key_values: whole sequences are needed"):
+        with pytest.raises(ValueError, match=f"{cache_argument(model.forward)}: whole sequences are needed"):
             model.generate(ids, **settings)
     assert len(after) == 4
     assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
@@ -167,7 +169,7 @@ def test_gradients_are_the_same_with_checkpointing():
     weight, found = model.get_input_embeddings().weight, []
     for checkpointing in (False, True):
         if checkpointing:
-            model.train().activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model.train(), use_reentrant=False)
         with intervene(model, report, "zero"):
             model(input_ids=tokens(1, 6), use_cache=False).logits.sum().backward()
         found.append(weight.grad.clone())

@@ -1,6 +1,7 @@
 """Tiny models of many architectures, and the attention with columns as the paper writes it: for the tests of both."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.models.gptj import modeling_gptj
 
 VOCABULARY = 99
 LENGTH = 12
@@ -79,12 +81,15 @@ UNREACHABLE = {
     "bloom": ("BloomConfig", {"n_layer": 1, "n_head": 2}),
     "falcon": ("FalconConfig", {}),
     "mpt": ("MptConfig", {"d_model": 32, "n_layers": 1, "n_heads": 2}),
-    "gptj": ("GPTJConfig", {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}),
-    "codegen": ("CodeGenConfig", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}),
     "gpt_neo": ("GPTNeoConfig", {"num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]}),
     "big_bird": ("BigBirdConfig", {"is_decoder": True, "attention_type": "original_full", "use_cache": False}),
     "xglm": ("XGLMConfig", {"d_model": 32, "num_layers": 1, "attention_heads": 2, "ffn_dim": 32}),
 }
+# These go through the interface from transformers 5.24 on.
+(DECODERS if "get_interface" in inspect.getsource(modeling_gptj) else UNREACHABLE).update(
+    gptj=("GPTJConfig", {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}),
+    codegen=("CodeGenConfig", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}),
+)
 MODELS = DECODERS | EAGER_ALONE | ENCODERS | UNREACHABLE
 
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from version_cases import with_cache
 
 from hf_galore.integrations.decoders import KEEP_NO_KEYS, decoder_of
 
@@ -279,7 +280,7 @@ def literal_logits(name: str, model, ids: torch.Tensor, n_sink: int = S, window:
             # Every kept key is seen: no mask, in any layer.
             mask = dict.fromkeys({*types, "full_attention", "linear_attention"}) if mixed else None
             logits = model(
-                ids[:, index : index + 1], position_ids=places, past_key_values=cache, attention_mask=mask
+                ids[:, index : index + 1], position_ids=places, attention_mask=mask, **with_cache(model, cache)
             ).logits
             out.append(logits)
     finally:
@@ -296,5 +297,5 @@ def fed(model, cache, ids: torch.Tensor, sizes=None, **kwargs) -> torch.Tensor:
     for piece in pieces:
         seen += piece.shape[1]
         part = None if mask is None else mask[:, :seen]
-        out.append(model(piece, past_key_values=cache, attention_mask=part, use_cache=True, **kwargs).logits)
+        out.append(model(piece, attention_mask=part, use_cache=True, **with_cache(model, cache), **kwargs).logits)
     return torch.cat(out, 1)

@@ -20,11 +20,13 @@ from attention_cases import (
 )
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from transformers import AttentionInterface, DynamicCache, StaticCache
+from version_cases import with_cache
 
 import hf_galore
 from hf_galore.attention.bias import KINDS, STARTS, Columns
 from hf_galore.integrations import attention
 from hf_galore.integrations import attention_bias_kernels as kernels
+from hf_galore.integrations.attention_modules import attention_modules
 
 pytestmark = pytest.mark.usefixtures("ours")
 
@@ -185,8 +187,8 @@ def test_tokens_one_by_one_give_what_all_at_once_do(name, cache, start, implemen
     model, ids = biased(name, implementation, start=start, n=2), inputs_of(name)["input_ids"]
     expected = outputs(model, input_ids=ids)
     past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=20)
-    actual = [outputs(model, input_ids=ids[:, :5], past_key_values=past)]
-    actual += [outputs(model, input_ids=ids[:, t : t + 1], past_key_values=past) for t in range(5, LENGTH)]
+    actual = [outputs(model, input_ids=ids[:, :5], **with_cache(model, past))]
+    actual += [outputs(model, input_ids=ids[:, t : t + 1], **with_cache(model, past)) for t in range(5, LENGTH)]
     torch.testing.assert_close(torch.cat(actual, 1), expected, **tolerance)
     assert past.get_seq_length() == LENGTH  # columns take no slot
 
@@ -290,6 +292,49 @@ def test_flex_attention_of_transformers_is_refused_on_the_cpu():
             outputs(model, **inputs_of("llama"))
 
 
+# Continuous batching.
+
+
+PROMPTS = [[5, 9, 14], [3, 8, 21, 30, 7], [40, 41]]
+SETTINGS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2, "eos_token_id": 98}
+
+
+def batched(model):
+    """The tokens that continuous batching generates after each prompt."""
+    config = transformers.GenerationConfig(**SETTINGS)
+    results = model.generate_batch(PROMPTS, generation_config=config, warmup=False)
+    return [results[name].generated_tokens for name in sorted(results) if results[name].error is None]
+
+
+def one_by_one(model):
+    """What generate() generates after each prompt."""
+    return [model.generate(torch.tensor([ids]), **SETTINGS)[0, len(ids) :].tolist() for ids in PROMPTS]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi"])
+def test_continuous_batching_has_the_bias_of_generate_or_is_refused(name, caplog):
+    """From transformers 5.24 on sdpa is given gathered keys; before, the attention function gathers them itself."""
+    model, gathers = biased(name, start="random"), []
+
+    def watch(call, attend):
+        gathers.append(call.options.get("cache") is not None)
+        return attend(call)
+
+    attention.add_hook(next(iter(biases(model).values())), watch)
+    found = batched(model)
+    if any(gathers):
+        assert "does not run with the paged cache of continuous batching: use generate()" in caplog.text
+        assert found == []
+        return
+    assert found == one_by_one(model)
+    assert found != one_by_one(model_of(name))
+
+
+def test_continuous_batching_in_eager_is_refused(caplog):
+    assert batched(biased("llama", "eager")) == []
+    assert "an attention bias runs with eager, sdpa" in caplog.text
+
+
 # Refused.
 
 
@@ -300,6 +345,32 @@ def test_architectures_with_attention_of_their_own_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"{type(model).__name__} computes attention in its own code"):
         hf_galore.add_attention_bias(model)
     assert list(model.state_dict()) == before
+
+
+class Recorder:
+    """A hook that is a method, which is another object, though an equal one, each time it is asked for."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def hook(self, call, attend):
+        self.calls += 1
+        return attend(call)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_a_hook_that_is_a_bound_method_comes_off(name):
+    model, recorder, other = model_of(name), Recorder(), Recorder()
+    modules = list(attention_modules(model).values())
+    for module in modules:
+        attention.add_hook(module, recorder.hook)
+        attention.add_hook(module, other.hook)
+        attention.remove_hook(module, recorder.hook)
+    outputs(model, **inputs_of(name))
+    assert (recorder.calls, other.calls) == (0, len(modules))
+    for module in modules:
+        attention.remove_hook(module, other.hook)
+        assert not hasattr(module, "_hf_galore_attention_hooks")
 
 
 def test_attention_that_takes_another_way_is_refused():

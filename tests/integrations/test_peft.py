@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 from trainer_cases import assert_same, build, llama, tokens, weights
+from version_cases import transformers_takes_peft
 
 import hf_galore
 from hf_galore.nn.bitlinear import BitLinear
@@ -295,6 +296,7 @@ def test_the_auto_classes_load_it(make, tmp_path):
         assert {layer.weight.dtype for layer in bitlinears(loaded).values()} == {torch.float32}
 
 
+@transformers_takes_peft
 def test_transformers_own_methods(make, tmp_path):
     model = make()
     model.add_adapter(BitLinearConfig())
@@ -464,6 +466,10 @@ def test_a_second_adapter_is_refused_and_changes_nothing(make, tmp_path):
             add()
         assert list(model.peft_config) == ["default"]
         assert torch.equal(logits(model), expected)
+
+
+@transformers_takes_peft
+def test_a_second_adapter_by_transformers_own_method_is_refused(make):
     plain = make()
     plain.add_adapter(BitLinearConfig())
     with (

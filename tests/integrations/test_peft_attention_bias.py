@@ -7,6 +7,7 @@ import torch
 from attention_cases import biases, disturb, inputs_of, model_of, outputs
 from safetensors.torch import load_file
 from trainer_cases import assert_same, weights
+from version_cases import transformers_takes_peft
 
 import hf_galore
 from hf_galore.attention.bias import KINDS, STARTS
@@ -83,6 +84,14 @@ def test_an_adapter_of_a_few_kilobytes_is_saved_and_loaded(name, low_cpu_mem_usa
     loaded = peft.PeftModel.from_pretrained(model_of(name, dtype=torch.float32), tmp_path, **options)
     assert not any(param.requires_grad for param in loaded.parameters())
     assert same(loaded, name, expected)
+
+
+@transformers_takes_peft
+@every_model
+def test_transformers_own_methods_load_an_adapter(name, tmp_path):
+    model = trained(name)
+    expected = outputs(model, **inputs_of(name, padded=True))
+    model.save_pretrained(tmp_path)
     of_transformers = model_of(name, dtype=torch.float32)
     of_transformers.load_adapter(tmp_path)
     assert same(of_transformers, name, expected)

@@ -5,6 +5,7 @@ import torch
 from attention_cases import inputs_of, model_of, outputs
 from safetensors.torch import load_file
 from trainer_cases import Run, assert_same, llama, weights
+from version_cases import transformers_takes_peft
 
 import hf_galore
 
@@ -62,6 +63,14 @@ def test_an_adapter_of_a_few_kilobytes_is_saved_and_loaded(name, low_cpu_mem_usa
     loaded = peft.PeftModel.from_pretrained(plain(name), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert not any(param.requires_grad for param in loaded.parameters())
     assert torch.equal(outputs(loaded, **inputs(name)), expected)
+
+
+@transformers_takes_peft
+@every_model
+def test_transformers_own_methods_load_adapters(name, tmp_path):
+    model = adapted(name)
+    expected = outputs(model, **inputs(name))
+    model.save_pretrained(tmp_path)
     of_transformers = plain(name)
     of_transformers.load_adapter(tmp_path)
     assert torch.equal(outputs(of_transformers, **inputs(name)), expected)

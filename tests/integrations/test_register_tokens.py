@@ -7,7 +7,9 @@ import torch
 from attention_cases import DECODERS, EAGER_ALONE, LENGTH, UNREACHABLE, inputs_of, model_of, outputs
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from version_cases import cache_in, checkpoint_activations, with_cache
 
 import hf_galore
 from hf_galore.integrations.decoders import decoder_of
@@ -127,7 +129,7 @@ CACHES = {
     "none": lambda model: {"use_cache": False},
     "dynamic": lambda model: {},
     "static": lambda model: {"cache_implementation": "static"},
-    "the user's static": lambda model: {"past_key_values": StaticCache(model.config, max_cache_len=LENGTH + NEW)},
+    "the user's static": lambda model: with_cache(model, StaticCache(model.config, max_cache_len=LENGTH + NEW)),
     "in chunks": lambda model: {"prefill_chunk_size": 5},
     "in chunks, static": lambda model: {"prefill_chunk_size": 5, "cache_implementation": "static"},
 }
@@ -165,23 +167,52 @@ def test_a_conversation_over_many_calls(kind):
     for turn in range(3):
         whole = model.generate(ids, attention_mask=mask, **SETTINGS, use_cache=False)
         start = 0 if turn != 1 else int(cache.get_seq_length())
-        said = model.generate(ids[:, start:], attention_mask=mask, **SETTINGS, past_key_values=cache)
+        said = model.generate(ids[:, start:], attention_mask=mask, **SETTINGS, **with_cache(model, cache))
         assert torch.equal(said[:, -NEW:], whole[:, -NEW:])
         ids = torch.cat([whole, ids[:, 4:6]], dim=1)
         mask = torch.cat([mask, mask.new_ones(2, NEW + 2)], dim=1)
         assert cache.get_seq_length() == whole.shape[1] - 1
     if kind == "static":
         cache.reset()
-        again = model.generate(**inputs, **SETTINGS, past_key_values=cache)
+        again = model.generate(**inputs, **SETTINGS, **with_cache(model, cache))
         assert torch.equal(again, model.generate(**inputs, **SETTINGS, use_cache=False))
+
+
+static_caches_go_back = pytest.mark.skipif(
+    not StaticLayer.is_croppable, reason="assisted decoding takes static caches from transformers 5.24 on"
+)
+LOOK_UP = {"prompt_lookup_num_tokens": 2}
+
+
+@static_caches_go_back
+@pytest.mark.parametrize(("name", "window"), [("llama", None), ("mistral", 64), ("gemma3", 64)])
+def test_assisted_decoding_in_a_static_cache(name, window):
+    """Two slots more than the tokens need, for drafts that go past the end: transformers' own overrun without them."""
+    model = with_tokens(name, **({} if window is None else {"sliding_window": window}))
+    ids, room = inputs_of(name)["input_ids"][:1].repeat(1, 2), 2 * LENGTH + NEW + 2
+    cache = StaticCache(model.config, max_cache_len=room)
+    found = model.generate(ids, **SETTINGS, **LOOK_UP, **with_cache(model, cache))
+    assert torch.equal(found, model.generate(ids, **SETTINGS, use_cache=False))
+    assert cache.get_max_length() == room
+
+
+@static_caches_go_back
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt_oss"])
+def test_assisted_decoding_is_refused_where_a_window_lets_go_of_tokens_for_ours(name):
+    room = 2 * LENGTH + NEW  # the whole sequence, without ours
+    model = with_tokens(name, sliding_window=room)
+    ids = inputs_of(name)["input_ids"][:1].repeat(1, 2)
+    cache = with_cache(model, StaticCache(model.config, max_cache_len=room))
+    with pytest.raises(ValueError, match="requires a cache that can be cropped"):
+        model.generate(ids, **SETTINGS, **LOOK_UP, **cache)
 
 
 def test_a_cache_that_the_forward_pass_has_made_goes_on():
     model, ids = with_tokens("llama"), inputs_of("llama")["input_ids"]
     with torch.no_grad():
         first = model(ids[:, :7])
-        second = model(ids[:, 7:], past_key_values=copy.deepcopy(first.past_key_values))
-    assert first.past_key_values.get_seq_length() == 7
+        second = model(ids[:, 7:], **with_cache(model, copy.deepcopy(cache_in(first))))
+    assert cache_in(first).get_seq_length() == 7
     logits = torch.cat([first.logits, second.logits], 1)
     torch.testing.assert_close(logits, by_hand("llama", model, ids).logits[:, N:], **EXACT)
 
@@ -211,7 +242,7 @@ def test_gradients_with_and_without_checkpointing_are_those_by_hand(use_reentran
     for name, value in literal.items():
         scale = max(1.0, float(value.abs().max()))
         torch.testing.assert_close(expected[name], value, rtol=1e-10, atol=1e-12 * scale)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant)
     for name, value in gradients(model, input_ids=ids).items():
         assert torch.equal(value, expected[name])
 
@@ -332,9 +363,9 @@ def test_inputs_that_do_not_go_with_them_are_named(case):
 def test_caches_that_do_not_go_with_them_are_named():
     model, plain = with_tokens("llama"), model_of("llama")
     with torch.no_grad(), pytest.raises(ValueError, match="it holds tokens without the register tokens in front"):
-        model(IDS, past_key_values=plain(IDS).past_key_values)
+        model(IDS, **with_cache(model, cache_in(plain(IDS))))
     with pytest.raises(ValueError, match=r"a row has no token.*: pass longer chunks"):
-        model(IDS, attention_mask=torch.zeros_like(IDS), past_key_values=DynamicCache())
+        model(IDS, attention_mask=torch.zeros_like(IDS), **with_cache(model, DynamicCache()))
     inner = model_of("llama")
     hf_galore.add_register_tokens(inner.model)
     with pytest.raises(ValueError, match="unless the tokens were added to the model that generates"):

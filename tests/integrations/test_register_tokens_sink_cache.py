@@ -4,6 +4,7 @@ import pytest
 import torch
 from sink_cases import SINGLE_TABLES, TOKENS, VOCAB, N, W, all_in_float64, build, fed, literal_logits, tokens
 from torch import nn
+from version_cases import with_cache
 
 import hf_galore
 from hf_galore import SinkCache
@@ -45,7 +46,7 @@ def test_generate_over_many_calls(case):
     model, ids, _ = case
     said, cache = ids[:, :4], SinkCache(model, SINKS, W)
     for _ in range(3):
-        said = model.generate(said, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        said = model.generate(said, **with_cache(model, cache), max_new_tokens=8, do_sample=False)
         assert cache.get_seq_length() == said.shape[1] - 1
     whole = fed(model, SinkCache(model, SINKS, W), said, [said.shape[1]])
     assert torch.equal(whole[0, 3:-1].argmax(-1), said[0, 4:])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, Dinov2Backbone
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from version_cases import checkpoint_activations
 
 import hf_galore
 from hf_galore.attention.blocks import find_blocks
@@ -120,7 +121,7 @@ def test_heads_attention_weights_and_gradients(name):
     gradient = own(model).grad.clone()
     assert gradient.view(N, -1).abs().amax(1).min() > 0
     model.train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(model, use_reentrant=True)
     model.zero_grad()
     model(pixels, labels=torch.tensor([0, 1])).loss.backward()
     torch.testing.assert_close(own(model).grad, gradient, rtol=1e-10, atol=1e-12)

@@ -21,6 +21,7 @@ from sink_cases import (
     tokens,
 )
 from transformers import DynamicCache
+from version_cases import with_cache
 
 from hf_galore import SinkCache
 
@@ -86,7 +87,7 @@ def test_bit_identical_to_dynamic_cache_until_something_is_evicted(name, pads):
         out, seen = [], 0
         for piece, place in zip(ids.split(sizes, 1), places.split(sizes, 1), strict=True):
             seen += piece.shape[1]
-            step = model(piece, attention_mask=mask[:, :seen], position_ids=place, past_key_values=cache).logits
+            step = model(piece, attention_mask=mask[:, :seen], position_ids=place, **with_cache(model, cache)).logits
             out.append(step)
         return torch.cat(out, 1)[mask.bool()]
 
@@ -214,7 +215,7 @@ def test_rows_can_be_selected(select, name):
         getattr(cache, select)(rows)
     whole = fed(model, SinkCache(model, S, W), ids, [TOKENS], attention_mask=mask)
     rest = [
-        model(ids[rows, at : at + 1], past_key_values=cache, attention_mask=mask[rows, : at + 1]).logits
+        model(ids[rows, at : at + 1], attention_mask=mask[rows, : at + 1], **with_cache(model, cache)).logits
         for at in range(before, TOKENS)
     ]
     torch.testing.assert_close(torch.cat(rest, 1), whole[rows, before:], **SINGLE_TABLES)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from sink_cases import N, S, W, build, tokens
 from torch._dynamo.utils import counters
+from version_cases import with_cache
 
 from hf_galore import SinkCache
 
@@ -38,11 +39,12 @@ def test_a_step_of_a_full_window_is_one_graph_for_all_positions(pads):
 
     caches = [SinkCache(model, S, W) for _ in range(2)]
     for cache in caches:
-        model(**given(0, 2 * N), past_key_values=cache)
+        model(**given(0, 2 * N), **with_cache(model, cache))
     for index in range(STEPS):
         inputs = given(2 * N + index, 2 * N + index + 1)
         eager, compiled = (
-            call(**inputs, past_key_values=cache).logits for call, cache in zip((model, step), caches, strict=True)
+            call(**inputs, **with_cache(model, cache)).logits
+            for call, cache in zip((model, step), caches, strict=True)
         )
         assert torch.equal(compiled, eager)
         assert graphs() == min(index + 1, 2)
@@ -52,11 +54,11 @@ def test_generate_with_a_compiled_forward_pass():
     """The prompt breaks into graphs, as padding is looked for in it; later calls add none for their steps."""
     model, ids = build("llama", torch.float32, num_hidden_layers=1), tokens(N)
     options = {"max_new_tokens": STEPS, "do_sample": False}
-    expected = model.generate(ids, past_key_values=SinkCache(model, S, W), **options)
+    expected = model.generate(ids, **with_cache(model, SinkCache(model, S, W)), **options)
     model.forward = torch.compile(model.forward, backend="aot_eager")
     cache = SinkCache(model, S, W)
     assert not cache.is_compileable  # generate() compiles nothing itself
-    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(ids, **with_cache(model, cache), **options), expected)
     before = graphs()
-    model.generate(expected, past_key_values=cache, **options)
+    model.generate(expected, **with_cache(model, cache), **options)
     assert graphs() == before

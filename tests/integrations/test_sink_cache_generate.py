@@ -4,12 +4,13 @@ import pytest
 import torch
 from sink_cases import SINGLE_TABLES, N, S, W, build, fed, literal_logits, tokens
 from transformers import DynamicCache
+from version_cases import with_cache
 
 from hf_galore import SinkCache
 
 
 def greedy(model, cache, ids, count, **kwargs):
-    options = {"max_new_tokens": count, "do_sample": False, "past_key_values": cache}
+    options = {"max_new_tokens": count, "do_sample": False, **with_cache(model, cache)}
     options |= {"attention_mask": torch.ones_like(ids)} | kwargs  # or generate() takes tokens 0 for padding
     return model.generate(ids, **options)
 
