@@ -1,6 +1,6 @@
 """Runs a third of the tests with other versions of the libraries: `python tests/versions.py oldest` or `newest`.
 
-The oldest transformers, peft, accelerate and trl are the bounds of setup.py, the newest are what the package index has.
+The oldest transformers, peft, accelerate and trl are the bounds of setup.py, the newest what the package index has.
 Each set gets an environment of its own, .venv-oldest or .venv-newest, made anew on top of the one that runs this:
 what it does not hold itself, torch first of all, it takes from there. Further arguments go to pytest.
 """
@@ -14,12 +14,11 @@ from pathlib import Path
 from sysconfig import get_path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("transformers", "peft", "accelerate", "trl")
-TESTS = (
-    "tests/integrations/test_transformers_register.py",
-)
+TESTS = ("tests/integrations/test_transformers_register.py",)
 _SHOW = """
 import sys
 from importlib.metadata import version
@@ -29,10 +28,11 @@ print(f"{sys.argv[1]}:", ", ".join(f"{name} {version(name)}" for name in sys.arg
 
 def wanted(which: str) -> list[str]:
     """What pip is asked for."""
-    declared = {one.name: one for one in map(Requirement, requires("hf_galore") or ())}
+    bounds = {one.name: one.specifier for one in map(Requirement, requires("hf_galore") or ())}
     if which == "newest":
-        return [f"{name}{declared[name].specifier}" for name in LIBRARIES]
-    return [f"{name}=={lower.version}" for name in LIBRARIES for lower in declared[name].specifier if ">=" in str(lower)]
+        return [f"{name}{bounds[name]}" for name in LIBRARIES]
+    lowest = {name: min(Version(bound.version) for bound in bounds[name]) for name in LIBRARIES}
+    return [f"{name}=={version}" for name, version in lowest.items()]
 
 
 def make(which: str) -> Path:

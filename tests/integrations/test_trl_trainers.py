@@ -3,8 +3,8 @@
 import pytest
 import torch
 from trainer_cases import assert_same, weights
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from trl_cases import SAVED, TRAINERS, save_model, trl_trainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from trl_cases import PAIRS, SAVED, TRAINERS, datasets, save_model, trl, trl_trainer
 
 
 @pytest.fixture(scope="module")
