@@ -6,12 +6,12 @@ Each bound is of what was run; what fails below it stands beside it.
 from importlib.metadata import PackageNotFoundError, version
 
 OLDEST = {
-    "torch": "2.6",
-    "transformers": "5.20",
-    "accelerate": "1.10",
-    "peft": "0.20",
-    "trl": "1.0",
-    "deepspeed": "0.19",
+    "torch": "2.6",  # what transformers asks for from 5.20 on, and torch.compiler.set_stance
+    "transformers": "5.22",  # caches that list the type of each layer, and say whether they can be cropped: from 5.20 on
+    "accelerate": "1.10",  # fsdp2_prepare_model came with 1.6
+    "peft": "0.21",  # _get_adapter_state_dict and _remove_adapter_name_from_key of a tuner: in 0.20 they are not
+    "trl": "1.0",  # the trainers that were tried; 0.29 is for transformers 4
+    "deepspeed": "0.19",  # the layout of the flat partitions that is read
 }
 
 

@@ -37,7 +37,7 @@ def _check_peft_version(min_version: str) -> None:
     except ValueError as error:
         raise ValueError(
             f"transformers {version('transformers')} asks for peft {min_version} in its own methods for adapters "
-            f"(add_adapter, load_adapter, set_adapter, from_pretrained of an adapter's folder), and {version('peft')} "
-            f"is installed: pip install 'peft>={min_version}', or call peft.get_peft_model(model, config) and "
-            "peft.PeftModel.from_pretrained(model, folder), which work with both"
+            f"(add_adapter, set_adapter, enable_adapters, disable_adapters), and {version('peft')} is installed: pip "
+            f"install 'peft>={min_version}', or make the model with peft.get_peft_model(model, config) or "
+            "peft.PeftModel.from_pretrained(model, folder), whose methods work with both"
         ) from error
