@@ -72,7 +72,9 @@ class KeyRotation:
 
     def _tables(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         tables = self._given(positions, dtype)
-        return {name: _of_complex(table, dtype) if isinstance(table, Tensor) else table for name, table in tables.items()}
+        return {
+            name: _of_complex(table, dtype) if isinstance(table, Tensor) else table for name, table in tables.items()
+        }
 
     def _given(self, positions: Tensor, dtype: torch.dtype) -> dict[str | None, Any]:
         """What the model's embedding gives for the positions: cos and sin, or complex numbers."""
@@ -127,7 +129,9 @@ class KeyRotation:
             if not moving:
                 has_alibi = getattr(decoder.config, "alibi", False)
                 raise ValueError(
-                    _refusal(decoder, _ALIBI if has_alibi else f"the keys of layer {layer} have no position (NoPE)")
+                    _refusal(
+                        decoder, _ALIBI if has_alibi else f"the keys of layer {layer} do not change with the position"
+                    )
                 )
             ways = (_Turning(is_value, is_partial) for is_value in moving[:1] for is_partial in (False, True))
             if not any(self._turns(layer, way, cached[layer][way.is_value]) for way in ways):
@@ -218,7 +222,11 @@ def _kind_of_positions(modeling: Any, decoder: Any) -> str:
         return f"it has learned positions ({', '.join(learned[1:])}), which end where the table ends"
     with torch.no_grad():
         moving = [any(map(_moves, cached)) for cached in _cached_at(decoder, positions=(3, 3 + _TURN))]
-    return "its decoder has no rotary embedding for all layers" if any(moving) else "its keys have no position (NoPE)"
+    return (
+        "its decoder has no rotary embedding for all layers"
+        if any(moving)
+        else "its keys do not change with the position"
+    )
 
 
 def _refusal(decoder: Any, reason: str) -> str:
