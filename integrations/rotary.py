@@ -29,8 +29,8 @@ class KeyRotation:
     """Turns keys of any layer on to later positions: R(Δ) k(p) = k(p + Δ).
 
     It is made of the decoder's rotary embedding at position Δ, without its attention scaling, which the keys have
-    already, and of the modeling file's `apply_rotary_pos_emb`, on the first channels if the embedding is partial. Where
-    the file has none, channels i and i + d/2 are turned, or neighbours if its angles are complex numbers.
+    already, and of the modeling file's `apply_rotary_pos_emb`, on the first channels if the embedding is partial.
+    Where the file has none, channels i and i + d/2 are turned, or neighbours if its angles are complex numbers.
 
     Args:
         decoder: the module with the layers and the rotary embedding.
@@ -138,7 +138,7 @@ class KeyRotation:
                 reason = f"a key of layer {layer} at a later position is not the rotated key"
                 raise ValueError(_refusal(decoder, reason))
 
-    def _turns(self, layer: int, way: _Turning, state: Tensor) -> bool:
+    def _turns(self, layer: int, way: _Turning, state: Any) -> bool:
         """Tries whether the layer's `state` (2, heads, 1, width) turns in this way, and keeps it."""
         self._turning[layer] = way
         wide = state.to(torch.promote_types(state.dtype, torch.float32))

@@ -205,6 +205,6 @@ def test_masks_that_the_model_makes_are_refused(name):
     model = build(name)
     with pytest.raises(ValueError, match="makes the masks of its decoder itself, for images"):
         SinkCache(model, S, W)
-    with pytest.raises(ValueError, match="cannot have register tokens: (it makes the masks|tokens attend to later)"):
+    with pytest.raises(ValueError, match=r"cannot have register tokens: (it makes the masks|tokens attend to later)"):
         hf_galore.add_register_tokens(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
