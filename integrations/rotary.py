@@ -29,8 +29,8 @@ class KeyRotation:
     """Turns keys of any layer on to later positions: R(Δ) k(p) = k(p + Δ).
 
     It is made of the decoder's rotary embedding at position Δ, without its attention scaling, which the keys have
-    already, and of the modeling file's `apply_rotary_pos_emb`, on the first channels if the embedding is partial. Where
-    the file has none, channels i and i + d/2 are turned, or neighbours if its angles are complex numbers.
+    already, and of the modeling file's `apply_rotary_pos_emb`, on the first channels if the embedding is partial.
+    Where the file has none, channels i and i + d/2 are turned, or neighbours if its angles are complex numbers.
 
     Args:
         decoder: the module with the layers and the rotary embedding.
@@ -72,7 +72,9 @@ class KeyRotation:
 
     def _tables(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         tables = self._given(positions, dtype)
-        return {name: _of_complex(table, dtype) if isinstance(table, Tensor) else table for name, table in tables.items()}
+        return {
+            name: _of_complex(table, dtype) if isinstance(table, Tensor) else table for name, table in tables.items()
+        }
 
     def _given(self, positions: Tensor, dtype: torch.dtype) -> dict[str | None, Any]:
         """What the model's embedding gives for the positions: cos and sin, or complex numbers."""
@@ -127,14 +129,16 @@ class KeyRotation:
             if not moving:
                 has_alibi = getattr(decoder.config, "alibi", False)
                 raise ValueError(
-                    _refusal(decoder, _ALIBI if has_alibi else f"the keys of layer {layer} have no position (NoPE)")
+                    _refusal(
+                        decoder, _ALIBI if has_alibi else f"the keys of layer {layer} do not change with the position"
+                    )
                 )
             ways = (_Turning(is_value, is_partial) for is_value in moving[:1] for is_partial in (False, True))
             if not any(self._turns(layer, way, cached[layer][way.is_value]) for way in ways):
                 reason = f"a key of layer {layer} at a later position is not the rotated key"
                 raise ValueError(_refusal(decoder, reason))
 
-    def _turns(self, layer: int, way: _Turning, state: Tensor) -> bool:
+    def _turns(self, layer: int, way: _Turning, state: Any) -> bool:
         """Tries whether the layer's `state` (2, heads, 1, width) turns in this way, and keeps it."""
         self._turning[layer] = way
         wide = state.to(torch.promote_types(state.dtype, torch.float32))
@@ -218,7 +222,11 @@ def _kind_of_positions(modeling: Any, decoder: Any) -> str:
         return f"it has learned positions ({', '.join(learned[1:])}), which end where the table ends"
     with torch.no_grad():
         moving = [any(map(_moves, cached)) for cached in _cached_at(decoder, positions=(3, 3 + _TURN))]
-    return "its decoder has no rotary embedding for all layers" if any(moving) else "its keys have no position (NoPE)"
+    return (
+        "its decoder has no rotary embedding for all layers"
+        if any(moving)
+        else "its keys do not change with the position"
+    )
 
 
 def _refusal(decoder: Any, reason: str) -> str:

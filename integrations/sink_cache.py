@@ -58,9 +58,9 @@ class SinkCache(Cache):
         window: last tokens that stay.
 
     Raises:
-        TypeError, ValueError: wrong types and sizes; no rotary embeddings in some layer that attends; attention that is
-            neither full nor sliding; a sliding window or a rotary embedding (dynamic, longrope) that the cache does not
-            fit into; masks that the model makes for its decoder.
+        TypeError, ValueError: wrong types and sizes; no rotary embeddings in some layer that attends; attention that
+            is neither full nor sliding; a sliding window or a rotary embedding (dynamic, longrope) that the cache does
+            not fit into; masks that the model makes for its decoder.
     """
 
     def __init__(self, model: Any, n_sink: int = 4, window: int = 1020) -> None:

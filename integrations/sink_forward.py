@@ -128,8 +128,8 @@ def _check_positions(window: SinkWindow, positions: Tensor | None, new: int) -> 
     if positions.ndim == 3:  # of models that count images in three dimensions, and time besides
         if not (positions == positions[:1]).all():
             raise ValueError(
-                "position_ids: they count an image or a video in three dimensions, and SinkCache counts tokens: it takes "
-                "text alone here"
+                "position_ids: they count an image or a video in three dimensions, and SinkCache counts tokens: it "
+                "takes text alone here"
             )
         positions = positions[0]
     if new == 1 and not window.most_padding and positions.ndim == 2 and (positions == window.seen).all():
@@ -148,7 +148,7 @@ def _check_padding_is_masked(window: SinkWindow, sizes: list[int]) -> None:
     for size in sizes:
         if size == 1 and start < window.most_padding:
             raise ValueError(
-                "attention_mask: the layers of this model that keep states take padding for a token if it comes alone: "
+                "attention_mask: layers of this model that keep states take padding for a token if it comes alone: "
                 "pass it together with the tokens after it, with attn_implementation 'eager' or 'sdpa'"
             )
         start += size
@@ -200,7 +200,7 @@ def _masks(cache: "SinkCache", decoder: Any, inputs: Inputs, step: Step, batch: 
     if decoder.config._attn_implementation == "eager":
         blocked = torch.full((), torch.finfo(decoder.dtype).min, dtype=decoder.dtype, device=mask.device)
         mask = torch.where(mask, torch.zeros_like(blocked), blocked)
-    masks = {"full_attention": mask}
+    masks: dict[str, Any] = {"full_attention": mask}
     if cache.has_states:
         tokens = inputs.get("attention_mask")
         masks |= dict.fromkeys(_OF_STATES, None if tokens is None else tokens[:, -step.new :])

@@ -338,13 +338,31 @@ def test_models_that_cannot_have_them_are_named():
         hf_galore.add_register_tokens(scaled)
 
 
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_models_that_look_up_more_than_embeddings_by_token_id_are_named(kind):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    sizes |= {"vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "pad_token_id": 0}
+    sizes |= {"layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 0}
+    extra = {"activation_sparsity_pattern": [0.0] * 2, "laurel_rank": 4} if kind == "gemma3n_text" else {}
+    model = AutoModel.from_config(CONFIG_MAPPING[kind](**sizes, **extra))
+    with pytest.raises(ValueError, match="it looks up inputs of each layer by token ids, and they have none"):
+        hf_galore.add_register_tokens(model)
+    assert not any(hasattr(module, CHILD) for module in model.modules())
+
+
 IDS = torch.arange(3, 9)[None]
 INPUTS = {
     "4-D mask": (
         {"attention_mask": torch.ones(1, 1, 6, 6, dtype=torch.bool)},
         r"attention_mask: .* \(batch, tokens\)",
     ),
-    "3-D positions": ({"position_ids": torch.arange(6).expand(3, 1, 6)}, "position_ids: .* need those of"),
+    "1-D positions": ({"position_ids": torch.arange(6)}, "position_ids: .* need those of"),
     "packed": ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, "packed into one row"),
     "lengths": (
         {"cu_seq_lens_q": torch.tensor([0, 3, 6])},

@@ -200,7 +200,7 @@ def test_memory_is_flat():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "qwen3_next", "falcon_h1"])
+@pytest.mark.parametrize("name", ["llama", "lfm2", "falcon_h1"])
 @pytest.mark.parametrize("select", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
 def test_rows_can_be_selected(select, name):
     model, ids = build(name), tokens(rows=3)

@@ -37,7 +37,7 @@ POSITIONS = {
     ),
     "smollm3": (
         {**_LLAMA_LIKE, "num_key_value_heads": 2, "no_rope_layers": [1, 0], "pad_token_id": 0, "bos_token_id": 1},
-        "SmolLM3Model .* the keys of layer 1 have no position .NoPE.",
+        "SmolLM3Model .* the keys of layer 1 do not change with the position",
     ),
     "beam": (
         {**_LLAMA_LIKE, "num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"]},
@@ -48,16 +48,22 @@ POSITIONS = {
         "GPTJModel .* (angles are in a table that ends|has no rotary embedding for all layers)",
     ),
     "nemotron_h": (
-        {**_LLAMA_LIKE, "layer_types": ["linear_attention", "full_attention"], **_MAMBA},
-        "NemotronHModel .* its keys have no position .NoPE.",
+        {**_LLAMA_LIKE, "num_key_value_heads": 2, "layer_types": ["linear_attention", "full_attention"], **_MAMBA},
+        "NemotronHModel .* its keys do not change with the position",
     ),
     "jamba": (
-        {**_LLAMA_LIKE, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1},
-        "JambaModel .* its keys have no position .NoPE.",
+        {**_LLAMA_LIKE, "num_key_value_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1},
+        "JambaModel .* its keys do not change with the position",
     ),
     "kimi_linear": (
-        {**_LLAMA_LIKE, **_LATENT, "layer_types": ["full_attention"] * 2, "first_k_dense_replace": 2},
-        "KimiLinearModel .* its keys have no position .NoPE.",
+        {
+            **_LLAMA_LIKE,
+            **_LATENT,
+            "layer_types": ["full_attention"] * 2,
+            "first_k_dense_replace": 2,
+            "pad_token_id": 0,
+        },
+        "KimiLinearModel .* its keys do not change with the position",
     ),
     "deepseek_v32": ({**_LLAMA_LIKE, **_LATENT}, "layers of deepseek_v32 are indexed_attention"),
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, "layers of mamba are"),
@@ -97,7 +103,9 @@ def test_sizes(arguments, error, reason):
 
 
 def test_windows_that_the_model_cannot_have():
-    with pytest.raises(ValueError, match=f"all attention layers of mistral have a sliding window of {N} tokens.* may be {N}"):
+    with pytest.raises(
+        ValueError, match=f"all attention layers of mistral have a sliding window of {N} tokens.* may be {N}"
+    ):
         SinkCache(build("mistral_sliding"), S, W + 1)
     with pytest.raises(ValueError, match=f"changes from position {2 * N} on, .* half of that, {N}"):
         SinkCache(build("llama_dynamic"), S, W + 1)
