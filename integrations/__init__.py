@@ -27,6 +27,7 @@ _PEFT = {
     "peft_version": requirements.PEFT_VERSION,
 }
 _TRAINER_OFF = "trainer_off"
+_BITLINEAR = "hf_galore.nn.bitlinear"  # whose layers count the steps of every optimizer
 
 
 def register() -> None:
@@ -53,6 +54,8 @@ def unregister() -> None:
     for name in (_TRAINER_OFF, *_GLUE, *_BITSANDBYTES, *_PEFT):
         if _PACKAGE + name in sys.modules:
             sys.modules[_PACKAGE + name].unregister()
+    if _BITLINEAR in sys.modules:
+        sys.modules[_BITLINEAR].stop_counting()
 
 
 __all__ = ["register", "unregister"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.zero import register_external_parameter
+from deepspeed.runtime.zero import register_external_parameter
 from torch import Tensor
 
 from hf_galore.frozen_weight import PlainWeight

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class BitLinear(nn.Linear):
 
     def start(self, quantize_activations: bool, use_rms_norm: bool, rms_norm_eps: float) -> None:
         """Sets up what an nn.Linear does not have; the weight becomes a float32 (or float64) parameter."""
-        count_steps()
+        _steps.count_for(self)
         self.original_dtype = self.weight.dtype
         if self.weight.dtype in _LOW:
             self.weight = nn.Parameter(self.weight.detach().float(), requires_grad=self.weight.requires_grad)
@@ -87,6 +88,8 @@ class BitLinear(nn.Linear):
         """Takes away what `start` set up, but for the weight."""
         for name in _ATTRIBUTES:
             delattr(self, name)
+        _steps.layers.discard(self)
+        stop_counting()
 
     def requantize(self) -> None:
         """Forgets the codes, so that the next use makes them again."""
@@ -163,7 +166,7 @@ class BitLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        count_steps()
+        _steps.count_for(self)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -234,24 +237,37 @@ def castable_masters() -> Iterator[None]:
 
 
 class _Steps:
-    """How many steps any torch optimizer has taken: some write to the weights in ways that torch does not count."""
+    """How many steps any torch optimizer has taken: some write to the weights in ways that torch does not count.
 
-    taken = 0
-    counted = False
+    A hook on all of torch's optimizers counts them from the first BitLinear on, for as long as there is one.
+    """
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.layers: WeakSet[BitLinear] = WeakSet()
+        self.hook: Any = None
+
+    def count_for(self, layer: BitLinear) -> None:
+        self.layers.add(layer)
+        if self.hook is None:
+            self.hook = register_optimizer_step_post_hook(self._add)
+
+    def _add(self, *_: Any) -> None:
+        self.taken += 1
 
 
 _steps = _Steps()
 
 
-def count_steps() -> None:
-    """Begins to count optimizer steps. Idempotent."""
-    if not _steps.counted:
-        _steps.counted = True
-        register_optimizer_step_post_hook(_count_step)
+def stop_counting() -> None:
+    """Takes the hook off torch's optimizers if there is no BitLinear left.
 
-
-def _count_step(*_: Any) -> None:
-    _steps.taken += 1
+    Called when a layer becomes nn.Linear again and by `hf_galore.unregister()`. Not when a layer is garbage: that can
+    be in the middle of a step, while torch runs over its hooks.
+    """
+    if not _steps.layers and _steps.hook is not None:
+        _steps.hook.remove()
+        _steps.hook = None
 
 
 ROUNDING[BitLinear] = TernaryWeight
