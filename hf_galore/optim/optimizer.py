@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_galore.checks import check_boolean, check_integer, check_number
-from hf_galore.low_rank_options import LOW_RANK_DEFAULTS, check_low_rank, check_spread_batch
-from hf_galore.messages import STD_IS_RIGHT, no_average_of_gradients, only_right
+from hf_galore.low_rank_options import LOW_RANK_DEFAULTS, check_low_rank, check_spread_batch, side_of_rows
+from hf_galore.messages import no_average_of_gradients, only, std_is
 from hf_galore.ops import BLOCK_ELEMENTS, add_, add_lowrank_, product_dtype, scale_
 from hf_galore.optim.blockwise import BLOCK as QUANTIZATION_BLOCK
 from hf_galore.optim.matrix import LowRankMatrix, working_dtype
@@ -25,7 +25,7 @@ from hf_galore.optim.refreshing import Group, Member, refresh_bases
 from hf_galore.rounding import RoundingKey, mix64
 from hf_galore.schedule import offset
 from hf_galore.shards import is_sharded, local, rows_of, spread
-from hf_galore.sides import Right, resolve_side
+from hf_galore.sides import resolve_side
 from hf_galore.statistics import Observer
 
 Formats = dict[str, tuple[torch.Size, MomentFormat]]  # shape and format of each moment
@@ -45,6 +45,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     Group keys, as in galore-torch: `rank` (projected if present), `update_proj_gap`, `scale`, `proj_type` (std,
     reverse_std, right, left, full). Ours, for groups with a rank:
 
+        transposed    True where weights are stored as (in_features, out_features): `proj_type` always means that of
+                      nn.Linear. `galore_param_groups` sets it for GPT-2's Conv1D and the experts of gpt-oss
         subspace      randomized (default), svd (the paper), gram, random, late_random: how a basis is made
                       (`hf_galore.bases`)
         random_from   the step from which `late_random` takes random bases
@@ -228,10 +230,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if param.dim() > 2:
             check_spread_batch(group)
         elif group["proj_type"] == "std":
-            group["proj_type"] = "right"
-            self.warn(STD_IS_RIGHT)
-        elif not isinstance(resolve_side(group["proj_type"], param.shape), Right):
-            raise ValueError(only_right(group["proj_type"]))
+            group["proj_type"] = side_of_rows(group)
+            self.warn(std_is(group["proj_type"]))
+        elif group["proj_type"] != side_of_rows(group):
+            raise ValueError(only(side_of_rows(group), group["proj_type"]))
 
     # The step of one parameter, in the order of the paper.
 
