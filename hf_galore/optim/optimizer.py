@@ -170,11 +170,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         seal = self.register_load_state_dict_pre_hook(_seal)
         unseal = self.register_load_state_dict_post_hook(_unseal, prepend=True)
+        transposed = [group.get("transposed") for group in self.param_groups]  # what weights are, not an option
         try:
             super().load_state_dict(state_dict)
         finally:
             seal.remove()
             unseal.remove()
+        for group, is_so in zip(self.param_groups, transposed, strict=True):
+            group.update({"transposed": True} if is_so else {})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -443,6 +446,12 @@ def _seal(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[
 
 
 def _check_formats(optimizer: LowRankOptimizer, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
+    for name, (shape, _) in optimizer.formats_of(param, group).items() if group.get("transposed") else ():
+        if name in state and state[name].shape != shape:
+            raise ValueError(
+                f"{name} was saved with shape {tuple(state[name].shape)}, and this run's has shape {tuple(shape)}. For "
+                "weights that are stored transposed (Conv1D) proj_type meant the other side in older states: ask for it"
+            )
     for name in optimizer.moment_shapes(param.shape, group):
         moment = state.get(name)
         if isinstance(moment, Tensor):
