@@ -31,9 +31,9 @@ def read_weights(model: nn.Module) -> set[int]:
 
     Branches that attributes of the module switch off do not count. torch's own modules are not looked at.
     """
-    found = set()
+    found: set[int] = set()
     for module in model.modules():
-        for read in _reads(type(module)):
+        for read in _reads(type(module)):  # type: ignore[arg-type]  # mypy takes a metaclass's hash for the class's
             if all(_truth(test, module) in (None, wanted) for test, wanted in read.branches):
                 found.update(id(getattr(owner, "weight", None)) for owner in _owners(module, read.names))
     return found - {id(None)}

@@ -449,8 +449,8 @@ def _check_formats(optimizer: LowRankOptimizer, param: Tensor, group: Group, sta
     for name, (shape, _) in optimizer.formats_of(param, group).items() if group.get("transposed") else ():
         if name in state and state[name].shape != shape:
             raise ValueError(
-                f"{name} was saved with shape {tuple(state[name].shape)}, and this run's has shape {tuple(shape)}. For "
-                "weights that are stored transposed (Conv1D) proj_type meant the other side in older states: ask for it"
+                f"{name} was saved with shape {tuple(state[name].shape)}, and this run's has shape {tuple(shape)}. In "
+                "older states proj_type meant the other side for weights that are stored transposed (Conv1D)"
             )
     for name in optimizer.moment_shapes(param.shape, group):
         moment = state.get(name)
