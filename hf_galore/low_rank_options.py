@@ -38,6 +38,7 @@ def check_low_rank(options: Mapping[str, Any]) -> None:
         check_choice("basis_dtype", options["basis_dtype"], tuple(BASIS_DTYPES))
     for name in ("equal_state", "stagger", "lazy"):
         check_boolean(name, options[name])
+    check_boolean("transposed", options.get("transposed", False))
     if options["random_from"] is not None:
         check_integer("random_from", options["random_from"], low=0)
     if (options["subspace"] == "late_random") != (options["random_from"] is not None):
@@ -58,3 +59,8 @@ def check_spread_batch(options: Mapping[str, Any]) -> None:
         )
     if options["lazy"]:
         raise ValueError("lazy=True does not go with fused experts that are spread over ranks; use lazy=False")
+
+
+def side_of_rows(options: Mapping[str, Any]) -> str:
+    """The `proj_type` with which every row of a matrix, as it is stored, is projected by itself."""
+    return "left" if options.get("transposed") else "right"

@@ -42,7 +42,7 @@ from hf_galore.lowrank_targets import forward_name, sharing_inputs, swappable
 from hf_galore.messages import clamped_rank
 from hf_galore.nn.host_weight import HostWeight, to_device, to_host
 from hf_galore.optim.optimizer import warn_once
-from hf_galore.param_groups import ALL_LINEAR, find_targets, group_parameters
+from hf_galore.param_groups import ALL_LINEAR, find_targets, group_parameters, low_rank_kinds
 from hf_galore.shards import is_sharded
 from hf_galore.sides import rank_of, resolve_side
 from hf_galore.statistics import Observer
@@ -122,7 +122,7 @@ class LowRankBackward:
                 *(name for name, weight in small.items() if weight in decay_parameters),
             }
         low_rank = {name: getattr(self.settings, name) for name in ("rank", *LOW_RANK_DEFAULTS)} | options
-        kinds = [({}, full), (low_rank, self.unswapped), ({}, list(small))]
+        kinds = [({}, full), *low_rank_kinds(model, low_rank, self.unswapped), ({}, list(small))]
         return group_parameters(model, kinds, weight_decay, decay_parameters)
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
@@ -383,9 +383,11 @@ def enable(
     Module names and classes, state-dict keys and values stay those of the unpatched model, and so do its parameters
     from the first forward pass on: until then DDP, FSDP2 and DeepSpeed find the small ones among them. To clip the
     gradients of all, pass `engine.parameters(model)` to torch; accelerate's `clip_grad_norm_` includes the small ones
-    after `hf_galore.register()`. Targets whose forward is
-    not plain nn.Linear's or Conv1D's (fused experts) and output heads stay as they are: train them through the
-    optimizer. Layers that bitsandbytes has quantized are trained in their codes after `hf_galore.register()`.
+    after `hf_galore.register()`.
+
+    Targets whose forward is not plain nn.Linear's or Conv1D's (fused experts), output heads, and modules whose weight
+    the model reads in place of calling them (Mamba's dt_proj) stay as they are: train them through the optimizer.
+    Layers that bitsandbytes has quantized are trained in their codes after `hf_galore.register()`.
 
     Args:
         target_modules: as in `galore_param_groups`.
@@ -446,7 +448,8 @@ def enable(
         if not modules:
             raise ValueError(
                 f"target_modules={target_modules!r}: none of the {len(targets)} targets can be swapped, because their "
-                f"modules do more than nn.Linear does (such as {min(targets)!r}); galore_adamw projects such weights"
+                f"modules do more than nn.Linear does, or the model reads their weights (such as {min(targets)!r}); "
+                "galore_adamw projects such weights"
             )
         engine = LowRankBackward(model, settings)
         engine.add(sharing_inputs(model, modules, settings.siblings))
@@ -457,7 +460,8 @@ def enable(
     if engine.unswapped:
         warnings.warn(
             f"{len(engine.unswapped)} of {len(targets)} target weights keep their full gradients, because their "
-            f"modules do more than nn.Linear does (such as {min(engine.unswapped)!r}): the optimizer projects those",
+            "modules do more than nn.Linear does, or the model reads the weight in place of calling the module (such "
+            f"as {min(engine.unswapped)!r}): the optimizer projects those",
             stacklevel=2,
         )
     engine.warn_of_full_gradients()

@@ -9,6 +9,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from hf_galore.frozen_weight import frozen_weight, is_quantized, rounding
 from hf_galore.param_groups import is_conv1d
 from hf_galore.siblings import siblings_among
+from hf_galore.weight_reads import read_weights
 
 _PLAIN_KINDS = ("FalconLinear",)  # of nn.Linear, with a forward of their own that computes what nn.Linear does
 
@@ -17,13 +18,13 @@ def swappable(model: nn.Module, targets: set[str]) -> list[nn.Module]:
     """The modules whose weights are among the targets (names) and whose forward is x Wᵀ + bias and nothing else.
 
     Left out are output heads, because some losses read their weight and never call them, and weights that a module of
-    another kind uses too.
+    another kind uses too, or a model's own code.
     """
     wanted = {id(param) for name, param in model.named_parameters() if name in targets}
     plain = list(_plain_modules(model))
     known = {id(module) for module in plain}
     elsewhere = {id(p) for other in model.modules() if id(other) not in known for p in other.parameters(recurse=False)}
-    return [module for module in plain if id(module.weight) in wanted - elsewhere]
+    return [module for module in plain if id(module.weight) in wanted - elsewhere - read_weights(model)]
 
 
 def _plain_modules(model: nn.Module) -> Iterator[nn.Module]:

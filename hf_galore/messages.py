@@ -21,12 +21,20 @@ def no_average_of_gradients(optimizer: object) -> str:
     return f"source='moment': {type(optimizer).__name__} keeps no average of the gradients; use source='gradient'"
 
 
-STD_IS_RIGHT = (
-    "proj_type='std' is taken as 'right' where weights are spread over ranks, so that a rank can step its rows alone; "
-    "ask for 'right' elsewhere, too, for the same training"
-)
+def std_is(side: str) -> str:
+    """`std` where rows are spread over ranks; `side` is `right`, and for transposed weights `left`."""
+    kind = "transposed weights (Conv1D)" if side == "left" else "weights"
+    return (
+        f"proj_type='std' is taken as {side!r} where {kind} are spread over ranks, so that a rank can step its rows "
+        f"alone; ask for {side!r} elsewhere, too, for the same training"
+    )
 
 
-def only_right(proj_type: str) -> str:
-    """A side whose projection adds up over the rows of a matrix."""
+def only(side: str, proj_type: str) -> str:
+    """A side whose projection adds up over the rows of a matrix as it is stored."""
+    if side == "left":
+        return (
+            f"proj_type={proj_type!r} does not go with transposed weights (Conv1D) whose rows, the in_features, are "
+            "spread over ranks; use 'left' or 'std', or galore_adamw_layerwise for 'right'"
+        )
     return f"proj_type={proj_type!r} does not go with weights whose rows are spread over ranks; use 'right'"

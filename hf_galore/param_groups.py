@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from hf_galore.experts import fused_experts, routers, stores_transposed
+from hf_galore.heads import heads
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
 
 ALL_LINEAR = "all-linear"
-_LEFT_OUT = ("lm_head", "score", "classifier", "router")  # by name, besides what the model itself calls its head
 
 
 def galore_param_groups(
@@ -42,7 +43,8 @@ def galore_param_groups(
         options: further keys of the projected groups (`subspace`, …).
 
     Returns:
-        The groups that are not empty: not projected (decayed, not decayed), then projected (decayed, not decayed).
+        The groups that are not empty: not projected (decayed, not decayed), then projected (decayed, not decayed),
+        then those projected whose weights are stored transposed.
 
     Raises:
         ValueError: nothing to train at low rank, or a name that matches nothing (with the nearest names).
@@ -52,8 +54,22 @@ def galore_param_groups(
     low_rank = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, **options}
     trainable = [name for name, param in model.named_parameters() if param.requires_grad]
     warn_of_a_small_share(model, targets, target_modules)
-    kinds = [({}, [name for name in trainable if name not in targets]), (low_rank, sorted(targets))]
+    kinds = [({}, [name for name in trainable if name not in targets]), *low_rank_kinds(model, low_rank, targets)]
     return group_parameters(model, kinds, weight_decay, decay_parameters)
+
+
+def low_rank_kinds(
+    model: nn.Module, low_rank: dict[str, Any], targets: Collection[str]
+) -> list[tuple[dict[str, Any], Collection[str]]]:
+    """The targets, by name, with the keys of their groups: those that are stored transposed say so there."""
+    holders = dict(model.named_modules())
+    transposed = {name for name in targets if _is_transposed(holders[name.rpartition(".")[0]])}
+    return [(low_rank, set(targets) - transposed), ({**low_rank, "transposed": True}, transposed)]
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores its weights as (…, in_features, out_features)."""
+    return is_conv1d(module) or (not isinstance(module, nn.Linear) and stores_transposed(module))
 
 
 def warn_of_a_small_share(model: nn.Module, targets: Collection[str], target_modules: str | Sequence[str]) -> None:
@@ -119,10 +135,9 @@ def find_targets(
     if quantized is not None and not adapters:
         trained_codes = {id(module.weight) for module in model.modules() if quantized(module)}
     candidates = list(_candidates(model, trained_codes))
-    everything = len(patterns) == 1 and patterns[0].replace("_", "-") == ALL_LINEAR
-    if everything:
+    if is_all_linear(target_modules):
         left_out = _left_out_of_all_linear(model)
-        chosen = [(path, param) for path, param in candidates if not _inside(path, left_out)]
+        chosen = [(path, param) for path, param in candidates if id(param) not in left_out]
     else:
         for pattern in patterns:
             if not any(matches(pattern, path) for path, _ in candidates):
@@ -149,6 +164,12 @@ def _stem(prefix: str) -> str:
     return leaf.rpartition("_")[0] or leaf
 
 
+def is_all_linear(target_modules: str | Sequence[str]) -> bool:
+    """Whether this asks for all linear layers."""
+    patterns = _as_list(target_modules)
+    return len(patterns) == 1 and patterns[0].lower().replace("_", "-") == ALL_LINEAR
+
+
 def _as_list(target_modules: str | Sequence[str]) -> list[str]:
     patterns = [target_modules] if isinstance(target_modules, str) else target_modules
     if not isinstance(patterns, list | tuple | set | frozenset) or not all(isinstance(p, str) for p in patterns):
@@ -172,14 +193,7 @@ def _candidates(model: nn.Module, trained_codes: Collection[int]) -> Iterator[tu
             if isinstance(weight, nn.Parameter) and (weight.is_floating_point() or id(weight) in trained_codes):
                 yield path, weight
         else:
-            yield from fused_experts(path, module)
-
-
-def fused_experts(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(path, parameter) of the experts of a mixture that the module at this path holds in one tensor each."""
-    if not isinstance(module, nn.modules.conv._ConvNd):
-        for name, param in module.named_parameters(recurse=False):
-            if param.dim() == 3 and param.is_floating_point() and 1 not in param.shape:
+            for name, param in fused_experts(module).items():
                 yield f"{path}.{name}" if path else name, param
 
 
@@ -203,23 +217,20 @@ def _inside(path: str, prefixes: Collection[str]) -> bool:
     return any(path == prefix or path.startswith(prefix + ".") for prefix in prefixes)
 
 
-def _left_out_of_all_linear(model: nn.Module) -> set[str]:
-    """Paths that "all-linear" leaves out: output and classification heads, (tied) embeddings, routers."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    left_out = set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        leaf = path.rsplit(".", 1)[-1]
-        if module is head or leaf in _LEFT_OUT or id(getattr(module, "weight", None)) in embeddings:
-            left_out.add(path)
-        if any("experts" in name for name, _ in module.named_children()):
-            left_out.update(
-                f"{path}.{name}" if path else name
-                for name, child in module.named_children()
-                if isinstance(child, nn.Linear)
-            )
-    return left_out
+def all_linear(model: nn.Module) -> set[str]:
+    """Paths of the layers, trainable or not, that "all-linear" stands for."""
+    left_out = _left_out_of_all_linear(model)
+    return {
+        path
+        for path, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and id(module.weight) not in left_out
+    }
+
+
+def _left_out_of_all_linear(model: nn.Module) -> set[int]:
+    """The ids of the parameters that "all-linear" leaves out: those of heads, routers and embeddings (tied or not)."""
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    return {id(param) for part in (*heads(model), *routers(model), *embeddings) for param in part.parameters()}
 
 
 def _adapter_prefixes(model: nn.Module) -> set[str]:

@@ -35,6 +35,9 @@ class Side(Protocol):
     def overlaps(self, new: Tensor, old: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """newᵀ old (..., r, r), of the bases of the rows and of the columns; None where nothing is projected."""
 
+    def transposed(self) -> "Side":
+        """The side that is the same for the transposed matrix."""
+
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         """R, the gradient in the coordinates of the basis."""
 
@@ -57,6 +60,9 @@ class Right:
 
     def overlaps(self, new: Tensor, old: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return None, new.mT @ old
+
+    def transposed(self) -> Side:
+        return Left()
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         return matmul(grad, basis)
@@ -81,6 +87,9 @@ class Left:
     def overlaps(self, new: Tensor, old: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return new.mT @ old, None
 
+    def transposed(self) -> Side:
+        return Right()
+
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         return matmul(basis.mT, grad)
 
@@ -93,6 +102,7 @@ class Both:
     """R = PᵀG Q; P (..., m, r) and Q (..., n, r) are stored as one basis (..., m + n, r), P first."""
 
     rows: int
+    cols: int
 
     def from_svd(self, left: Tensor, right: Tensor) -> Tensor:
         return torch.cat((left, right), dim=-2)
@@ -106,6 +116,9 @@ class Both:
     def overlaps(self, new: Tensor, old: Tensor) -> tuple[Tensor | None, Tensor | None]:
         left, right = (slice(None, self.rows), slice(self.rows, None))
         return new[..., left, :].mT @ old[..., left, :], new[..., right, :].mT @ old[..., right, :]
+
+    def transposed(self) -> Side:
+        return Both(self.cols, self.rows)
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         left, right = basis[..., : self.rows, :], basis[..., self.rows :, :]
@@ -121,7 +134,7 @@ _SIDES: dict[str, Callable[[int, int], Side]] = {
     "reverse_std": lambda m, n: Left() if m >= n else Right(),
     "right": lambda m, n: Right(),
     "left": lambda m, n: Left(),
-    "full": lambda m, n: Both(m),
+    "full": Both,
 }
 PROJ_TYPES = tuple(_SIDES)
 
@@ -130,8 +143,8 @@ def resolve_side(proj_type: str, shape: Sequence[int]) -> Side:
     """The side that `proj_type` means for a parameter of this shape (..., m, n).
 
     `std` projects the shorter dimension (the paper), `reverse_std` the longer, `right` and `left` always that one,
-    `full` both. The shape is the parameter's as stored: a transposed weight (GPT-2's Conv1D) has its input dimension
-    first.
+    `full` both. The shape is that of nn.Linear, (out_features, in_features), also for a weight that is stored
+    transposed (GPT-2's Conv1D).
 
     Raises:
         ValueError: `proj_type` is none of these, or the parameter is not a matrix or a batch of matrices.

@@ -1,7 +1,7 @@
 """GaLore under FSDP2: the one convention for the sides, and the small parameters of the projected backward sharded."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 from hf_galore.frozen_weight import holds_codes
 from hf_galore.integrations.requirements import FSDP2, require
+from hf_galore.low_rank_options import side_of_rows
 from hf_galore.lowrank_backward import engine_of, shown
-from hf_galore.messages import STD_IS_RIGHT, only_right
+from hf_galore.messages import only, std_is
 
 logger = logging.get_logger(__name__)
 
@@ -66,10 +67,29 @@ def use_right(low_rank: dict[str, Any], default: str) -> None:
     """
     asked = low_rank.get("proj_type", default)
     if asked not in ("std", "right"):
-        raise ValueError(only_right(asked))
+        raise ValueError(only("right", asked))
     if asked == "std":
-        logger.warning_once(STD_IS_RIGHT)
+        logger.warning_once(std_is("right"))
     low_rank["proj_type"] = "right"
+
+
+def use_rows(groups: Sequence[dict[str, Any]]) -> None:
+    """Makes the side of each low-rank group that by which a rank can step its rows alone.
+
+    That is `right`, and for transposed matrices `left`. One line in the log says so where `std` was asked for.
+
+    Raises:
+        ValueError: another side was asked for.
+    """
+    for group in groups:
+        if "rank" in group:
+            is_batch = all(param.dim() > 2 for param in group["params"])  # of experts, of which a rank has whole ones
+            side = "right" if is_batch else side_of_rows(group)
+            if group["proj_type"] not in ("std", side):
+                raise ValueError(only(side, group["proj_type"]))
+            if group["proj_type"] == "std":
+                logger.warning_once(std_is(side))
+            group["proj_type"] = side
 
 
 def refuse_codes(model: nn.Module) -> None:

@@ -17,15 +17,15 @@ Further adapters are frozen copies of what it computes when they are added, in t
 TRL's trainers of preferences and rewards do that, and have their reference model in it.
 """
 
-from copy import copy
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.integrations import is_fsdp_enabled
 
 from hf_galore.checks import check_choice
+from hf_galore.experts import fused_experts
 from hf_galore.integrations.peft_config import NAME, BitLinearConfig, is_copy
 from hf_galore.integrations.peft_layer import (
     COPIES,
@@ -40,10 +40,10 @@ from hf_galore.integrations.peft_layer import (
 )
 from hf_galore.integrations.peft_method import register_method, unregister_method
 from hf_galore.integrations.peft_packed import check_packable, packed
-from hf_galore.nn.convert import RESTORED, check_convertible, is_normed, share_activations
+from hf_galore.nn.convert import RESTORED, called, check_convertible, is_normed, share_activations
 from hf_galore.nn.frozen_copy import FrozenCopy
 from hf_galore.nn.originals import TensorFile
-from hf_galore.param_groups import ALL_LINEAR, fused_experts
+from hf_galore.param_groups import all_linear, is_all_linear
 
 MERGED = (*RESTORED, "packed")
 
@@ -97,22 +97,30 @@ class BitLinearModel(BaseTuner):
             _copy_modules_to_save(model, first, adapter_name)
 
     def _prepare_model(self, peft_config: BitLinearConfig, model: nn.Module) -> None:
-        """Checks the targets and keeps what they are; for a frozen copy, that they can be copied."""
+        """Checks the targets and keeps what they are; for a frozen copy, that they can be copied.
+
+        "all-linear" is what it is in all of hf_galore.
+        """
         layers = {path: m for path, m in model.named_modules() if isinstance(m, BitLinearLayer)}
         if layers:
             _refuse_uncopied(layers)
             return
-        wanted = copy(peft_config)
-        if isinstance(wanted.target_modules, str) and wanted.target_modules.lower() == ALL_LINEAR:
+        wanted = peft_config.target_modules
+        everything = isinstance(wanted, str) and is_all_linear(wanted)
+        if everything:
             _refuse_experts(model)
-            wanted = _maybe_include_all_linear_layers(wanted, model)
+            peft_config.target_modules = sorted(all_linear(model))
         modules = {
             path: module
             for path, module in model.named_modules()
-            if path and self._check_target_module_exists(wanted, path)
+            if path and self._check_target_module_exists(peft_config, path)
         }
         for path, module in modules.items():
             check_layer(path, module)
+        kept = called(model, list(modules), everything)
+        if everything:
+            peft_config.target_modules = kept
+            modules = {path: modules[path] for path in kept}
         _refuse_tied(model, modules)
         file = TensorFile() if peft_config.keep_original else None
         self._originals: dict[nn.Module, Originals] = {m: originals_of(m, file) for m in modules.values()}
@@ -304,8 +312,8 @@ def _refuse_uncopied(layers: dict[str, BitLinearLayer]) -> None:
 def _refuse_experts(model: nn.Module) -> None:
     """Raises ValueError for experts of a mixture that are in one tensor."""
     for path, module in model.named_modules():
-        for name, _ in fused_experts(path, module):
-            check_convertible(name, None)
+        for name in fused_experts(module):
+            check_convertible(f"{path}.{name}", None)
 
 
 def _refuse_tied(model: nn.Module, targets: dict[str, nn.Module]) -> None:

@@ -122,11 +122,11 @@ def _galore_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type[tor
         return _layerwise_optimizer(ctx)
     optimizer, kwargs, low_rank = _read(ctx, OPTIMIZERS, _GROUP_KEYS)
     model = _model(ctx)
-    if fsdp.shards_rows(ctx.args.optim):
-        fsdp.use_right(low_rank, LOW_RANK_DEFAULTS["proj_type"])
     kwargs["params"] = galore_param_groups(
         model, ctx.args.optim_target_modules, **{**LOW_RANK_DEFAULTS, **low_rank}, **_decay(ctx.args, model)
     )
+    if fsdp.shards_rows(ctx.args.optim):
+        fsdp.use_rows(kwargs["params"])
     return optimizer, kwargs
 
 

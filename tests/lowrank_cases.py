@@ -139,7 +139,6 @@ class Case(NamedTuple):
 
     build: Callable[[], nn.Module]
     loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-    flipped: bool = False  # weights are stored transposed
 
     def model(self, dtype=torch.float32, seed=0):
         torch.manual_seed(seed)
@@ -151,10 +150,6 @@ class Case(NamedTuple):
             return torch.randint(0, 32, (rows, 8), generator=generator)
         return torch.randn(rows, 3, 20, generator=generator).to(dtype)
 
-    def stored(self, proj_type):
-        """The `proj_type` that means for the weights as stored what this one means for W."""
-        return {"right": "left", "left": "right"}[proj_type] if self.flipped else proj_type
-
 
 CASES = {
     "linear": Case(Stack, regression),
@@ -163,7 +158,7 @@ CASES = {
     "changed in place": Case(InPlace, regression),
     "gpt-neox": Case(neox, language),
     "falcon": Case(falcon, language),
-    "gpt2": Case(gpt2, language, flipped=True),
+    "gpt2": Case(gpt2, language),
     "ternary": Case(lambda: replace_linear(Stack()), regression),
     "ternary, changed in place": Case(lambda: replace_linear(InPlace()), regression),
     "ternary, normed": Case(lambda: replace_linear(Stack(), use_rms_norm=True), regression),
@@ -219,9 +214,7 @@ def on_optimizer_path(case, dtype=torch.float64, make=adamw, proj_type="right", 
     """(model, optimizer) that projects in step()."""
     model = case.model(dtype)
     low_rank = {"rank": RANK, "update_proj_gap": GAP, **low_rank}
-    groups = galore_param_groups(
-        model, "all-linear", proj_type=case.stored(proj_type), weight_decay=weight_decay, **low_rank
-    )
+    groups = galore_param_groups(model, "all-linear", proj_type=proj_type, weight_decay=weight_decay, **low_rank)
     return model, make(groups)
 
 

@@ -25,7 +25,7 @@ from hf_galore.subspace import PROJ_TYPES, SUBSPACES, Both, Left, Right, project
         ("reverse_std", Left(), Right(), Left()),
         ("right", Right(), Right(), Right()),
         ("left", Left(), Left(), Left()),
-        ("full", Both(24), Both(12), Both(16)),
+        ("full", Both(24, 12), Both(12, 24), Both(16, 16)),
     ],
 )
 def test_sides(proj_type, tall, wide, square):

@@ -1,5 +1,6 @@
 """Puts BitLinear into a model in place of its linear layers, and takes it out again."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ from hf_galore.checks import check_choice
 from hf_galore.nn.bitlinear import BitLinear
 from hf_galore.nn.functional import dequantize
 from hf_galore.nn.shared_activations import SharedActivations
-from hf_galore.param_groups import ALL_LINEAR, find_targets, is_conv1d
+from hf_galore.param_groups import ALL_LINEAR, find_targets, is_all_linear, is_conv1d
 from hf_galore.siblings import siblings_among
+from hf_galore.weight_reads import read_weights
 
 SUB_NORM = ("o_proj", "down_proj")  # the layers that BitNet b1.58 2B4T puts a norm before
 RESTORED = ("master", "dequantized")
@@ -31,15 +33,16 @@ def replace_linear(
     float32 parameters.
 
     Args:
-        target_modules: as in `galore_param_groups`.
+        target_modules: as in `galore_param_groups`; "all-linear" leaves out, with a warning, layers whose weight the
+            model reads in place of calling them, which would not be ternary there.
         quantize_activations: False trains ternary weights with the activations as they are.
         use_rms_norm: an RMSNorm of its own, `rms_norm`, before every target.
         use_sub_norm: the same before targets named o_proj and down_proj alone (SubLN).
         rms_norm_eps: of these norms.
 
     Raises:
-        ValueError: nothing matches, a target is no plain nn.Linear (Conv1D, fused experts, quantized), or both kinds
-            of norm are asked for.
+        ValueError: nothing matches, a target is no plain nn.Linear (Conv1D, fused experts, quantized), the model reads
+            the weight of a target that is named, or both kinds of norm are asked for.
         TypeError: `target_modules` is neither a string nor a list of strings.
     """
     check_norms(use_rms_norm, use_sub_norm)
@@ -48,6 +51,7 @@ def replace_linear(
     paths = sorted(name.removesuffix(".weight") for name in names)
     for path in paths:
         check_convertible(path, modules.get(path))
+    paths = called(model, paths, is_all_linear(target_modules))
     for path in paths:
         norm = is_normed(path.rpartition(".")[2], use_rms_norm, use_sub_norm)
         to_bitlinear(
@@ -82,6 +86,23 @@ def check_convertible(path: str, module: nn.Module | None) -> None:
         raise ValueError(f"target_modules: {path!r} is a BitLinear already")
     hint = "; its weight is transposed" if is_conv1d(module) else ""
     raise ValueError(f"target_modules: {path!r} is a {kind}{hint}; BitLinear replaces floating-point nn.Linear")
+
+
+def called(model: nn.Module, paths: Sequence[str], all_linear: bool) -> list[str]:
+    """The paths of layers that the model calls, and whose weight it does not read.
+
+    Raises:
+        ValueError: there are others, and they were named.
+    """
+    read, modules = read_weights(model), dict(model.named_modules())
+    kept = [path for path in paths if id(modules[path].weight) not in read]
+    others = [path for path in paths if path not in set(kept)]
+    if others:
+        message = f"the model reads the weight of {others[0]!r} and does not (always) call it"
+        if not all_linear or not kept:
+            raise ValueError(f"target_modules: {message}, so that it would not be ternary: leave it out")
+        warnings.warn(f"{message}: {len(others)} of {len(paths)} layers stay as they are", stacklevel=3)
+    return kept
 
 
 def to_bitlinear(module: nn.Module, cls: type[BitLinear] = BitLinear, **options: Any) -> BitLinear:

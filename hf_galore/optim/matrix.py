@@ -41,9 +41,11 @@ class _Layout(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _layout(shape: torch.Size, proj_type: str, rank: int, equal_state: bool) -> _Layout:
-    side = resolve_side(proj_type, shape)
-    own = rank_of(rank, shape, side, equal_state)
+def _layout(shape: torch.Size, proj_type: str, rank: int, equal_state: bool, transposed: bool) -> _Layout:
+    as_linear = (*shape[:-2], *shape[:-3:-1]) if transposed else shape
+    side = resolve_side(proj_type, as_linear)
+    own = rank_of(rank, as_linear, side, equal_state)
+    side = side.transposed() if transposed else side
     *batch, rows, cols = shape
     low_rank = torch.Size((*batch, *side.low_rank(rows, cols, own)))
     return _Layout(side, own, low_rank, sum(side.sizes(rows, cols)))
@@ -51,7 +53,10 @@ def _layout(shape: torch.Size, proj_type: str, rank: int, equal_state: bool) -> 
 
 @dataclass(frozen=True)
 class LowRankMatrix:
-    """One parameter (..., m, n) of a group with `rank`."""
+    """One parameter (..., m, n) of a group with `rank`; (..., n, m) if the group says `transposed`.
+
+    Everything but `proj_type` is of the matrix as it is stored.
+    """
 
     param: Tensor
     group: Mapping[str, Any]
@@ -59,7 +64,8 @@ class LowRankMatrix:
     @property
     def _layout(self) -> "_Layout":
         group = self.group
-        return _layout(self.param.shape, group["proj_type"], group["rank"], group["equal_state"])
+        transposed = group.get("transposed", False)
+        return _layout(self.param.shape, group["proj_type"], group["rank"], group["equal_state"], transposed)
 
     @property
     def side(self) -> Side:

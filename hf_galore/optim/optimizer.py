@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_galore.checks import check_boolean, check_integer, check_number
-from hf_galore.low_rank_options import LOW_RANK_DEFAULTS, check_low_rank, check_spread_batch
-from hf_galore.messages import STD_IS_RIGHT, no_average_of_gradients, only_right
+from hf_galore.low_rank_options import LOW_RANK_DEFAULTS, check_low_rank, check_spread_batch, side_of_rows
+from hf_galore.messages import no_average_of_gradients, only, std_is
 from hf_galore.ops import BLOCK_ELEMENTS, add_, add_lowrank_, product_dtype, scale_
 from hf_galore.optim.blockwise import BLOCK as QUANTIZATION_BLOCK
 from hf_galore.optim.matrix import LowRankMatrix, working_dtype
@@ -25,7 +25,7 @@ from hf_galore.optim.refreshing import Group, Member, refresh_bases
 from hf_galore.rounding import RoundingKey, mix64
 from hf_galore.schedule import offset
 from hf_galore.shards import is_sharded, local, rows_of, spread
-from hf_galore.sides import Right, resolve_side
+from hf_galore.sides import resolve_side
 from hf_galore.statistics import Observer
 
 Formats = dict[str, tuple[torch.Size, MomentFormat]]  # shape and format of each moment
@@ -45,6 +45,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     Group keys, as in galore-torch: `rank` (projected if present), `update_proj_gap`, `scale`, `proj_type` (std,
     reverse_std, right, left, full). Ours, for groups with a rank:
 
+        transposed    True where weights are stored as (in_features, out_features): `proj_type` always means that of
+                      nn.Linear. `galore_param_groups` sets it for GPT-2's Conv1D and the experts of gpt-oss
         subspace      randomized (default), svd (the paper), gram, random, late_random: how a basis is made
                       (`hf_galore.bases`)
         random_from   the step from which `late_random` takes random bases
@@ -168,11 +170,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         seal = self.register_load_state_dict_pre_hook(_seal)
         unseal = self.register_load_state_dict_post_hook(_unseal, prepend=True)
+        transposed = [group.get("transposed") for group in self.param_groups]  # what weights are, not an option
         try:
             super().load_state_dict(state_dict)
         finally:
             seal.remove()
             unseal.remove()
+        for group, is_so in zip(self.param_groups, transposed, strict=True):
+            group.update({"transposed": True} if is_so else {})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -228,10 +233,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if param.dim() > 2:
             check_spread_batch(group)
         elif group["proj_type"] == "std":
-            group["proj_type"] = "right"
-            self.warn(STD_IS_RIGHT)
-        elif not isinstance(resolve_side(group["proj_type"], param.shape), Right):
-            raise ValueError(only_right(group["proj_type"]))
+            group["proj_type"] = side_of_rows(group)
+            self.warn(std_is(group["proj_type"]))
+        elif group["proj_type"] != side_of_rows(group):
+            raise ValueError(only(side_of_rows(group), group["proj_type"]))
 
     # The step of one parameter, in the order of the paper.
 
@@ -441,6 +446,12 @@ def _seal(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[
 
 
 def _check_formats(optimizer: LowRankOptimizer, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
+    for name, (shape, _) in optimizer.formats_of(param, group).items() if group.get("transposed") else ():
+        if name in state and state[name].shape != shape:
+            raise ValueError(
+                f"{name} was saved with shape {tuple(state[name].shape)}, and this run's has shape {tuple(shape)}. In "
+                "older states proj_type meant the other side for weights that are stored transposed (Conv1D)"
+            )
     for name in optimizer.moment_shapes(param.shape, group):
         moment = state.get(name)
         if isinstance(moment, Tensor):

@@ -111,7 +111,9 @@ def arguments(method: str, cell: Cell, ranks: int, **changes: Any) -> dict[str, 
     """Of `Run.trainer`: the same batches in the same order on any number of ranks."""
     micro = cell.changes.get("gradient_accumulation_steps", 1)
     settings = {"per_device_train_batch_size": BATCH // ranks // micro, "max_steps": STEPS, "learning_rate": LR}
-    args = f", proj_type=right{cell.optim_args}"
+    # By the rows that are stored, which FSDP2 spreads: `left` for transposed weights, but for the projected backward.
+    side = "left" if cell.family == "gpt2" and "layerwise" not in method else "right"
+    args = f", proj_type={side}{cell.optim_args}"
     return {"optim_args": args, **settings, **cell.changes, **changes}
 
 

@@ -16,6 +16,7 @@ from version_cases import transformers_takes_peft
 import hf_galore
 from hf_galore.nn.bitlinear import BitLinear
 from hf_galore.nn.convert import bitlinears
+from hf_galore.param_groups import all_linear
 
 peft = pytest.importorskip("peft")
 from hf_galore.integrations.peft import BitLinearConfig  # noqa: E402
@@ -652,3 +653,29 @@ def test_lora_may_stand_on_ternary_layers():
     with_lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     assert isinstance(with_lora.base_model.model.model.layers[0].self_attn.q_proj.base_layer, BitLinear)
     assert torch.equal(logits(with_lora), expected)
+
+
+def test_a_layer_whose_weight_the_model_reads_stays_as_it_is():
+    """FalconMamba reads that of its dt_proj: what is disabled is then the original model."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 32, "state_size": 4, "time_step_rank": 2}
+    model = transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**shape)).eval()
+    ids = torch.randint(0, 32, (1, 8))
+    with torch.no_grad():
+        original = model(input_ids=ids).logits
+        with pytest.warns(UserWarning, match=r"reads the weight of 'backbone\.layers\.0\.mixer\.(x|dt)_proj'"):
+            adapted = peft.get_peft_model(model, BitLinearConfig())
+        ternary = adapted(input_ids=ids).logits
+        with adapted.disable_adapter():
+            torch.testing.assert_close(adapted(input_ids=ids).logits, original)
+    assert (ternary - original).abs().max() > 1e-3
+    adapted.merge_and_unload(weights="packed")
+
+
+def test_all_linear_leaves_out_what_all_linear_leaves_out():
+    """The same layers as everywhere: not the head of a question answering model."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertForQuestionAnswering(transformers.BertConfig(**shape))
+    expected = all_linear(model)
+    adapted = peft.get_peft_model(model, BitLinearConfig())
+    assert set(bitlinears(adapted.get_base_model())) == expected
+    assert "qa_outputs" not in expected

@@ -1,0 +1,148 @@
+"""Layers whose weight a model reads past them: `self.dt_proj.weight @ x` in place of `self.dt_proj(x)`.
+
+Whatever stands in for such a layer's forward would not run. That is found in the source of the modules' forward
+methods, before anything runs: on another device, in evaluation or with a library of kernels a model may read what it
+calls here.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import nn
+
+# What is asked of a weight without its values.
+_ABOUT = ("device", "dtype", "shape", "size", "ndim", "dim", "is_cuda", "requires_grad", "data_ptr", "element_size")
+_ASKING = ("isinstance", "hasattr", "getattr", "type", "id")
+
+
+class _Read(NamedTuple):
+    """A weight that a method reads: the names from `self` to its module, and the branches that this is in."""
+
+    names: tuple[str | None, ...]  # None stands for all children of a list
+    branches: tuple[tuple[ast.expr, bool], ...]  # tests, and what each must give
+
+
+def read_weights(model: nn.Module) -> set[int]:
+    """The ids of the weights that a forward pass of the model may read past the modules that hold them.
+
+    Branches that attributes of the module switch off do not count. torch's own modules are not looked at.
+    """
+    found: set[int] = set()
+    for module in model.modules():
+        for read in _reads(type(module)):  # type: ignore[arg-type]  # mypy takes a metaclass's hash for the class's
+            if all(_truth(test, module) in (None, wanted) for test, wanted in read.branches):
+                found.update(id(getattr(owner, "weight", None)) for owner in _owners(module, read.names))
+    return found - {id(None)}
+
+
+def _owners(module: Any, names: tuple[str | None, ...]) -> Iterator[nn.Module]:
+    """The modules that a path from this one leads to."""
+    if not isinstance(module, nn.Module):
+        return
+    if not names:
+        yield module
+        return
+    first, *rest = names
+    for child in module.children() if first is None else [getattr(module, first, None)]:
+        yield from _owners(child, tuple(rest))
+
+
+@cache
+def _reads(cls: type[nn.Module]) -> tuple[_Read, ...]:
+    """What the methods of a class read that run in a forward pass, as far as can be told."""
+    if cls.__module__.partition(".")[0] == "torch":
+        return ()
+    found: list[_Read] = []
+    seen, coming = set(), _entries(cls)
+    while coming:
+        name = coming.pop()
+        method = inspect.unwrap(getattr(cls, name)) if name not in seen and hasattr(cls, name) else None
+        tree = _parsed(method) if inspect.isfunction(method) else None
+        seen.add(name)
+        if tree is not None:
+            nodes = list(_nodes(tree, ()))
+            found += [read for node, above in nodes if (read := _read(node, above)) is not None]
+            coming += [node.attr for node, _ in nodes if isinstance(node, ast.Attribute) and _is_self(node.value)]
+    return tuple(found)
+
+
+def _entries(cls: type[nn.Module]) -> list[str]:
+    """The methods that others call in a forward pass: `forward`, and of a part of a model all that are public."""
+    if hasattr(cls, "base_model_prefix"):  # a whole model, most of whose methods are for its weights
+        return ["forward"]
+    own = [vars(base) for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
+    names = {name for methods in own for name, method in methods.items() if callable(method)}
+    return ["forward", *sorted(name for name in names if not name.startswith(("_", "init", "reset")))]
+
+
+def _parsed(function: Callable[..., Any]) -> ast.AST | None:
+    """The source of a function; None where there is none."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return None
+
+
+def _nodes(node: ast.AST, above: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]:
+    """A tree's nodes, each with those above it."""
+    yield node, above
+    for child in ast.iter_child_nodes(node):
+        yield from _nodes(child, (*above, node))
+
+
+def _read(node: ast.AST, above: tuple[ast.AST, ...]) -> _Read | None:
+    """What this node reads, if it is `self.….weight` and asks for the values."""
+    if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
+        return None
+    names, parent = _names(node.value), above[-1]
+    about = isinstance(parent, ast.Attribute) and parent.attr in _ABOUT
+    about |= isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id in _ASKING
+    if not names or about:
+        return None
+    branches = [
+        (one.test, below not in _listed(one.orelse))
+        for one, below in zip(above, (*above[1:], node), strict=True)
+        if isinstance(one, ast.If | ast.IfExp) and below is not one.test
+    ]
+    return _Read(names, tuple(branches))
+
+
+def _listed(body: Any) -> list[ast.AST]:
+    return body if isinstance(body, list) else [body]
+
+
+def _names(node: ast.expr) -> tuple[str | None, ...]:
+    """The names from `self` to this expression, () if it does not lead there."""
+    if isinstance(node, ast.Attribute):
+        return (node.attr,) if _is_self(node.value) else (*before, node.attr) if (before := _names(node.value)) else ()
+    if isinstance(node, ast.Subscript):
+        return (*before, None) if (before := _names(node.value)) else ()
+    return ()
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def _truth(test: ast.expr, module: nn.Module) -> bool | None:
+    """What a test gives that asks for attributes of the module alone; None where that is not known, or may change."""
+    if isinstance(test, ast.BoolOp):
+        values = [_truth(value, module) for value in test.values]
+        decisive = isinstance(test.op, ast.Or)
+        return decisive if decisive in values else None if None in values else not decisive
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        value = _truth(test.operand, module)
+        return None if value is None else not value
+    known = ast.Attribute | ast.Compare | ast.Constant | ast.Name | ast.cmpop | ast.expr_context
+    for node in ast.walk(test):
+        changes = isinstance(node, ast.Attribute) and node.attr == "training"
+        if changes or not isinstance(node, known) or (isinstance(node, ast.Name) and node.id != "self"):
+            return None
+    try:
+        return bool(eval(compile(ast.Expression(test), "<branch>", "eval"), {"self": module}))
+    except Exception:  # an attribute that is not there, or a tensor without values
+        return None
