@@ -1,11 +1,12 @@
 """Which modules of a model attend through transformers' attention interface, and the shape of their attention."""
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_galore.attention.bias import Heads
@@ -17,6 +18,9 @@ ALL_ATTENTION = "all-attention"
 _QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _VALUE_DIM = ("head_dim", "head_size", "attention_head_size")
 _KEY_DIM = ("qk_head_dim", *_VALUE_DIM)
+
+# What models raise that are given too little, or something else than they take.
+_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -74,7 +78,8 @@ def check_reached(model: PreTrainedModel, targets: Mapping[str, tuple[nn.Module,
     Where parameters have no values here (on the meta device, or spread by ZeRO-3) it cannot run and says nothing.
 
     Raises:
-        ValueError: a target is not reached, or its keys and values have other shapes.
+        ValueError: the model does not run on these alone, a target is not reached, or its keys and values have other
+            shapes.
     """
     if any(param.is_meta or hasattr(param, "ds_id") for param in model.parameters()):
         return
@@ -90,7 +95,7 @@ def check_reached(model: PreTrainedModel, targets: Mapping[str, tuple[nn.Module,
         add_hook(module, see)
     try:
         with torch.no_grad(), torch.random.fork_rng([] if model.device.type == "cpu" else [model.device]):
-            model(**example_of(model))
+            _run_on_an_example(model)
     finally:
         for module in modules:
             remove_hook(module, see)
@@ -104,15 +109,62 @@ def check_reached(model: PreTrainedModel, targets: Mapping[str, tuple[nn.Module,
             raise ValueError(f"target_modules: {path!r} attends with {seen[module]} and not with {heads}")
 
 
+def _run_on_an_example(model: PreTrainedModel) -> None:
+    """Runs the model on the smallest input; with an image beside the text where it does not run on text alone.
+
+    Raises:
+        ValueError: it runs on neither.
+    """
+    inputs = example_of(model)
+    try:
+        model(**inputs)
+    except _ERRORS as error:
+        reason: Exception = error
+    else:
+        return
+    takes = inspect.signature(model.forward).parameters
+    if "input_ids" in inputs and "pixel_values" in takes:
+        try:
+            model(**inputs, **_blank_image(model))
+        except _ERRORS as error:
+            reason = error
+        else:
+            return
+    raise ValueError(
+        f"model: {type(model).__name__} cannot be tried: it does not run on {' and '.join(inputs)} as they are tried "
+        f"here ({type(reason).__name__}: {reason})"
+    ) from reason
+
+
 def example_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The smallest input that the model takes."""
+    """The smallest input that the model takes.
+
+    Raises:
+        ValueError: its main input is neither ids nor an image, or it does not say the size of its images.
+    """
     name = model.main_input_name
     config: Any = model.config
     if name == "input_ids":
         tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         return {name: tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})
     if name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return {name: torch.zeros(1, config.num_channels, height, width, dtype=model.dtype, device=model.device)}
+        return _blank_image(model)
     raise ValueError(f"model: {type(model).__name__} takes {name}; supported are models of input_ids and pixel_values")
+
+
+def _blank_image(model: PreTrainedModel) -> dict[str, Tensor]:
+    """An image of the size that the model's configuration, or a part of it, says."""
+    config: Any = model.config
+    known = (one for one in (config, *_parts(config)) if hasattr(one, "image_size") and hasattr(one, "num_channels"))
+    vision: Any = next(known, None)
+    if vision is None:
+        raise ValueError(f"model: the configuration of {type(model).__name__} says no image_size and num_channels")
+    size = vision.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    image = torch.zeros(1, vision.num_channels, height, width, dtype=model.dtype, device=model.device)
+    return {"pixel_values": image}
+
+
+def _parts(config: Any) -> Iterator[PreTrainedConfig]:
+    """The configurations of the parts of a model, such as its `vision_config`."""
+    return (value for value in vars(config).values() if isinstance(value, PreTrainedConfig))

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import sweep_models
 import torch
 import transformers
 from attention_cases import (
@@ -510,3 +511,23 @@ def test_a_decoding_step_is_what_any_number_of_queries_gets(heads, mask, gated):
     with torch.no_grad():
         assert kernels._is_step(call, columns)
         torch.testing.assert_close(kernels._step(call, columns), kernels._fused(call, columns, False), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("MusicgenForCausalLM", "does not run on input_ids"),  # rows are codebooks
+        ("VivitForVideoClassification", "does not run on pixel_values"),  # of several frames
+        ("SegformerForImageClassification", "says no image_size"),
+    ],
+)
+def test_a_model_that_cannot_be_tried_is_refused(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        hf_galore.add_attention_bias(sweep_models.build(name).eval())
+
+
+@pytest.mark.parametrize("name", ["CLIPForImageClassification", "SiglipForImageClassification", "AltCLIPModel"])
+def test_images_of_a_part_s_size_and_beside_text(name):
+    model = sweep_models.build(name).eval()
+    hf_galore.add_attention_bias(model)
+    assert any(path.endswith("kv_bias.gate") for path, _ in model.named_parameters())
