@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 OLDEST = {
     "torch": "2.6",  # what transformers asks for from 5.20 on, and torch.compiler.set_stance
-    "transformers": "5.22",  # caches that list the type of each layer, and say whether they can be cropped: from 5.20 on
+    "transformers": "5.22",  # 5.20 has the caches (a type for each layer, is_croppable), but was not run whole
     "accelerate": "1.10",  # fsdp2_prepare_model came with 1.6
     "peft": "0.21",  # _get_adapter_state_dict and _remove_adapter_name_from_key of a tuner: in 0.20 they are not
     "trl": "1.0",  # the trainers that were tried; 0.29 is for transformers 4
