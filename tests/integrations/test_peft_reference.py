@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from trainer_cases import assert_same, logged, weights
 from transformers import AutoModelForCausalLM, Qwen2Config
-from trl_cases import SAVED, SHAPE, save_model, trl_trainer
+from trl_cases import GALORE, SAVED, SHAPE, save_model, trl_trainer
 
 from hf_galore.integrations.bitnet import save_bitnet
 from hf_galore.nn.convert import bitlinears
@@ -19,7 +19,6 @@ from hf_galore import AttentionBiasConfig, BitLinearConfig, RegisterTokensConfig
 
 pytestmark = pytest.mark.usefixtures("ours")
 
-GALORE = {"optim_target_modules": "all-linear", "optim_args": "rank=4, update_proj_gap=2, scale=1.0"}
 # A trainer, what it trains with, and what it logs in its first step if the reference is the policy.
 RUNS = {
     "DPO": ({"optim": "galore_adamw_layerwise", **GALORE}, {"loss": math.log(2)}),

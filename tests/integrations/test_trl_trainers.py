@@ -3,8 +3,8 @@
 import pytest
 import torch
 from trainer_cases import assert_same, weights
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
-from trl_cases import PAIRS, SAVED, TRAINERS, datasets, save_model, trl, trl_trainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl_cases import GALORE, SAVED, TRAINERS, save_model, trl_trainer
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +15,12 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("optim", ["galore_adamw", "galore_adamw_layerwise"])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trains_every_weight_and_resumes_to_the_bit(name, optim, folder, ours, tmp_path):
-    galore = {"optim_target_modules": "all-linear", "optim_args": "rank=4, update_proj_gap=2, scale=1.0"}
-
     def trained(resume=None):
         torch.manual_seed(0)  # a head of rewards is not in the file
         kind, more = (
             (AutoModelForSequenceClassification, {"num_labels": 1}) if name == "Reward" else (AutoModelForCausalLM, {})
         )
-        trainer = trl_trainer(name, kind.from_pretrained(folder, **more), folder, tmp_path, optim=optim, **galore)
+        trainer = trl_trainer(name, kind.from_pretrained(folder, **more), folder, tmp_path, optim=optim, **GALORE)
         start = weights(trainer.model)
         trainer.train(resume_from_checkpoint=resume)
         return start, weights(trainer.model)
@@ -35,30 +33,10 @@ def test_trains_every_weight_and_resumes_to_the_bit(name, optim, folder, ours, t
 
 def test_a_reference_that_follows_the_policy(folder, ours, tmp_path):
     """TR-DPO with α = 1: after every step the reference is the policy."""
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path),
-        optim="galore_adamw_layerwise",
-        optim_target_modules="all-linear",
-        optim_args="rank=4, update_proj_gap=2, scale=1.0",
-        learning_rate=1e-2,
-        per_device_train_batch_size=4,
-        max_steps=2,
-        save_strategy="no",
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        sync_ref_model=True,
-        ref_model_sync_steps=1,
-        ref_model_mixup_alpha=1.0,
-    )
-    trainer = trl.DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(folder),
-        ref_model=AutoModelForCausalLM.from_pretrained(folder),
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list(PAIRS),
-        processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
-    )
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    settings = GALORE | {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+    optim = "galore_adamw_layerwise"
+    trainer = trl_trainer("DPO", model, folder, tmp_path, {"ref_model": reference}, optim=optim, **settings)
     start = weights(trainer.model)
     trainer.train()
     assert_same(weights(trainer.ref_model), weights(trainer.model))

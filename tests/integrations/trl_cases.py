@@ -39,6 +39,7 @@ def is_even(completions: list[str], **_: Any) -> list[float]:
     return [float(words.strip()[-1:] in set("02468")) for words in completions]
 
 
+GALORE = {"optim_target_modules": "all-linear", "optim_args": "rank=4, update_proj_gap=2, scale=1.0"}
 GENERATION = {"num_generations": 4, "max_completion_length": 6}
 # What makes each trainer: its data, arguments of its configuration, and its own.
 TRAINERS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = {
