@@ -15,6 +15,7 @@ from transformers.cache_utils import (
 
 from hf_galore.attention.sink_window import SinkWindow
 from hf_galore.checks import check_integer
+from hf_galore.integrations.compatibility import cache_argument
 from hf_galore.integrations.decoders import KEEP_NO_KEYS, decoder_of, makes_masks
 from hf_galore.integrations.rotary import KeyRotation, position_limit
 from hf_galore.integrations.sink_forward import attach
@@ -71,6 +72,8 @@ class SinkCache(Cache):
         if model.training:
             raise ValueError("model: it is in training mode; SinkCache is for generation, after model.eval()")
         self.decoder = decoder_of(model)
+        if cache_argument(self.decoder.forward) is None:
+            raise ValueError(f"model: {type(self.decoder).__name__} takes no cache of keys and values")
         if makes_masks(model, self.decoder):
             raise ValueError(
                 f"model: {type(model).__name__} makes the masks of its decoder itself, for images that attend in both "

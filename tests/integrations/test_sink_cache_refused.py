@@ -66,6 +66,7 @@ POSITIONS = {
         "KimiLinearModel .* its keys do not change with the position",
     ),
     "deepseek_v32": ({**_LLAMA_LIKE, **_LATENT}, "layers of deepseek_v32 are indexed_attention"),
+    "rwkv": ({"hidden_size": 32, "num_hidden_layers": 2}, "RwkvModel takes no cache of keys and values"),
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, "layers of mamba are"),
 }
 
