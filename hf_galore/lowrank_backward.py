@@ -403,7 +403,8 @@ def enable(
         stagger: layer i of L refreshes i·T/L steps early, so that no step pays for all (default of `streaming`, whose
             first refreshes are spread over the first 16 steps; until then a basis is random).
         lazy: layers whose basis hardly turns refresh less often.
-        fold_every: steps between folds; in between the layers add x·(scale·back(B))ᵀ.
+        fold_every: steps between folds; in between the layers add x·(scale·back(B))ᵀ, and `model.parameters()` are
+            those of the last fold. Making a state dict or a copy folds first.
         state_dtype: of the bases; None for float32 (float64 for float64 weights).
         stochastic_rounding: fold into bfloat16 weights stochastically; the bits depend on (seed, step, layer,
             element).

@@ -129,6 +129,8 @@ DEEPSPEED_ENGINE = Feature(
         "deepspeed.utils:safe_get_full_fp32_param(param)",
         "deepspeed.utils:safe_set_full_fp32_param(param, value)",
         "deepspeed.utils:safe_set_local_fp32_param(param, value)",
+        "deepspeed.runtime.zero:register_external_parameter(module, parameter)",
+        "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload.partition_all_parameters",
         "deepspeed.runtime.engine:DeepSpeedEngine.was_step_applied",
         "deepspeed.runtime.engine:DeepSpeedEngine.skipped_steps",
         "deepspeed.runtime.engine:DeepSpeedEngine.use_node_local_storage",
