@@ -7,8 +7,8 @@ there; `unregister` puts exactly that back.
 import functools
 import pickle
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,8 @@ def _galore_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type[tor
 def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str, Any]]:
     """A factory, in the Trainer's sense, of the optimizer for a model that it swaps to the projected backward.
 
+    It comes with the keyword arguments to call it with, which a Trainer may have changed by then.
+
     Raises:
         ValueError, TypeError: as `_galore_optimizer`.
         ImportError: torch has not what the projected backward rests on.
@@ -149,22 +151,23 @@ def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, 
         fsdp.use_right(low_rank, "right")
         fsdp.refuse_codes(_model(ctx))
     low_rank["gradient_accumulation_steps"] = ctx.args.gradient_accumulation_steps
-    shared = {key: kwargs[key] for key in ("state_dtype", "stochastic_rounding", "seed") if key in kwargs}
     if low_rank.get("refresh") == "exact" and ctx.args.parallel_mode == ParallelMode.DISTRIBUTED:
         raise ValueError("optim_args: refresh='exact' takes the gradients of one process; use refresh=streaming")
 
-    def make(model: nn.Module) -> torch.optim.Optimizer:
+    def make(model: nn.Module, **kwargs: Any) -> torch.optim.Optimizer:
+        decay = _decay(ctx.args, model)  # of the plain model: its weights still train, and have no companions
+        shared = {key: kwargs[key] for key in ("state_dtype", "stochastic_rounding", "seed") if key in kwargs}
         engine = enable(model, target_modules, **low_rank, **shared)
         if _engine() == DistributedType.DEEPSPEED:
             check_targets(engine)
         engine.gradients_complete = lambda: bool(GradientState().sync_gradients)
-        groups = engine.param_groups(model, **_decay(ctx.args, model))
+        groups = engine.param_groups(model, **decay)
         optimizer: Any = optimizer_class(groups, **kwargs)
         engine.attach(optimizer)
         optimizer.lowrank_backward = engine
         return optimizer
 
-    return lambda: make, {}
+    return lambda: make, kwargs
 
 
 def _suit_deepspeed(
@@ -212,9 +215,25 @@ def _model(ctx: trainer_optimizer.OptimizerContext) -> nn.Module:
     return ctx.model
 
 
+# The Trainer that trains or makes an optimizer: transformers passes on its arguments alone.
+_at_work: ContextVar[hf_trainer.Trainer | None] = ContextVar("hf_galore_at_work", default=None)
+
+
+@contextmanager
+def _working(trainer: hf_trainer.Trainer) -> Iterator[None]:
+    """Inside, `trainer` is the Trainer at work."""
+    token = _at_work.set(trainer)
+    try:
+        yield
+    finally:
+        _at_work.reset(token)
+
+
 def _decay(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
-    """Weight decay as the Trainer would apply it."""
-    names = hf_trainer.Trainer.get_decay_parameter_names(None, model)
+    """Weight decay as the Trainer at work applies it; where there is none, as transformers' own does."""
+    trainer = _at_work.get()
+    kind = hf_trainer.Trainer if trainer is None else type(trainer)
+    names = kind.get_decay_parameter_names(trainer, model)
     return {"weight_decay": args.weight_decay, "decay_parameters": frozenset(names)}
 
 
@@ -231,7 +250,8 @@ def _create_optimizer(self: hf_trainer.Trainer, model: nn.Module | None = None) 
         engine.install()  # train() once more: the same layers, the same state
     else:
         disable(self.model if model is None else model)
-    made = _original("create_optimizer")(self, model)
+    with _working(self):
+        made = _original("create_optimizer")(self, model)
     if isinstance(made, LowRankOptimizer) and self.accelerator.distributed_type in _REPLICATED:
         made.replicas = dist.group.WORLD
     if optimizer is None and _asks_for_statistics(self.args):
@@ -254,7 +274,8 @@ def _train(self: hf_trainer.Trainer, *args: Any, **kwargs: Any) -> Any:
         _refuse_engine(name)  # before the model is wrapped
     ended = False
     try:
-        result = _original("train")(self, *args, **kwargs)
+        with _working(self):  # also for a create_optimizer that a subclass has put in the place of ours
+            result = _original("train")(self, *args, **kwargs)
         ended = True
     finally:
         # A hyper-parameter search leaves no model. Under DeepSpeed a fold waits for ranks that may be gone.
