@@ -19,8 +19,8 @@ from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import HfArgumentParser, trainer_optimizer
 from transformers import trainer as hf_trainer
-from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames, ParallelMode, TrainingArguments
 from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.import_utils import is_galore_torch_available as _asks_for_galore_torch
@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_galore.frozen_weight import holds_codes, whole_shapes
 from hf_galore.integrations import fsdp
+from hf_galore.integrations.command_line import parse_dataclass_field
 from hf_galore.integrations.deepspeed import check_settings, check_targets, refuse_own_optimizer
 from hf_galore.integrations.requirements import DEEPSPEED, PROJECTED_BACKWARD, require
 from hf_galore.integrations.subspace_log import SubspaceLog
@@ -68,6 +69,7 @@ def register() -> None:
     registry.update(dict.fromkeys(OPTIMIZERS, _galore_optimizer))
     registry.update(dict.fromkeys(LAYERWISE, _layerwise_optimizer))
     _replace(hf_trainer, "_parse_optim_args", _parse_optim_args)
+    _replace(HfArgumentParser, "_parse_dataclass_field", staticmethod(parse_dataclass_field))
     _replace(hf_trainer, "validate_quantization_for_training", _validate_quantization_for_training)
     functools.update_wrapper(_init, hf_trainer.Trainer.__init__, assigned=())  # keeps its signature
     for name, method in _METHODS.items():
@@ -397,7 +399,7 @@ def _load_optimizer_and_scheduler(self: hf_trainer.Trainer, checkpoint: str | No
         ValueError: a checkpoint is not complete, or galore-torch wrote it.
     """
     if checkpoint is not None and OptimizerNames(self.args.optim) in (*OPTIMIZERS, *LAYERWISE):
-        _refuse_half(Path(checkpoint))
+        _refuse_half(Path(checkpoint), self.is_deepspeed_enabled)
     try:
         _original("_load_optimizer_and_scheduler")(self, checkpoint)
     except pickle.UnpicklingError as error:
@@ -406,7 +408,7 @@ def _load_optimizer_and_scheduler(self: hf_trainer.Trainer, checkpoint: str | No
         raise ValueError(f"{checkpoint}: {GALORE_TORCH_STATE}") from error
 
 
-def _refuse_half(checkpoint: Path) -> None:
+def _refuse_half(checkpoint: Path, is_deepspeed_enabled: bool) -> None:
     """Raises ValueError for a checkpoint that lacks what transformers writes after the weights, or last of all."""
     if not (checkpoint / hf_trainer.TRAINER_STATE_NAME).is_file():
         raise ValueError(
@@ -417,6 +419,12 @@ def _refuse_half(checkpoint: Path) -> None:
         raise ValueError(
             f"{checkpoint} has the weights alone (save_only_model=True): a run cannot go on from it without the state "
             "of its optimizer. Load it as the model and train without resume_from_checkpoint"
+        )
+    if not is_deepspeed_enabled and not any(checkpoint.glob(f"{Path(hf_trainer.OPTIMIZER_NAME).stem}*")):
+        raise ValueError(
+            f"{checkpoint} has no {hf_trainer.OPTIMIZER_NAME}, because DeepSpeed or another tool wrote it: the run "
+            "would start from no state of its optimizer. Resume as it was written, or load it as the model and train "
+            "without resume_from_checkpoint"
         )
 
 
