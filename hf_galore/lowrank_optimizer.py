@@ -5,7 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_galore.lowrank_steps import KEPT, READ_BY_THE_HOST, Engine, Steps, aim_if_lost, check_basis, restore
+from hf_galore import resume
+from hf_galore.lowrank_steps import (
+    KEPT,
+    READ_BY_THE_HOST,
+    Engine,
+    Steps,
+    aim_if_lost,
+    check_basis,
+    options_of,
+    restore,
+)
 from hf_galore.lowrank_store import OptimizerStore
 from hf_galore.messages import no_average_of_gradients
 from hf_galore.optim.optimizer import LowRankOptimizer
@@ -46,12 +56,13 @@ class OptimizerSteps:
             layer.attached = True
             layer.fold()
             layer.rest()
+        self._describe()
         at_once = isinstance(optimizer, LowRankOptimizer) and engine.settings.fold_every == 1
         self.steps = Steps(engine, self.store, at_once)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
-            optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._keep(state_dict)),
+            optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._goes_on_from(state_dict)),
             optimizer.register_load_state_dict_post_hook(lambda _: self._restore()),
         ]
         setattr(optimizer, _STEPS, self)
@@ -61,6 +72,8 @@ class OptimizerSteps:
         delattr(self.optimizer, _STEPS)
         for hook in self._hooks:
             hook.remove()
+        for group in self.optimizer.param_groups:
+            group.pop(resume.BACKWARD, None)
         for layer in self.engine.layers.values():
             layer.attached = False
             layer.wake()
@@ -96,16 +109,37 @@ class OptimizerSteps:
 
     # State dicts.
 
-    def _keep(self, state_dict: dict[str, Any]) -> None:
-        """torch casts state to the parameter's dtype; the bases keep theirs."""
+    def _describe(self) -> None:
+        """Writes into the groups of small parameters what a run that goes on from the optimizer's state must know."""
         layers = self.store.layers
-        for group, saved in zip(self.optimizer.param_groups, state_dict["param_groups"], strict=False):
-            for param, key in zip(group["params"], saved["params"], strict=False):
+        for group in self.optimizer.param_groups:
+            members = [layers[param] for param in group["params"] if param in layers]
+            if members:
+                group[resume.BACKWARD] = options_of(self.engine, members)
+
+    def _goes_on_from(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict with this run's options; torch casts state to the parameter's dtype, the bases keep theirs.
+
+        Raises:
+            ValueError: the engine cannot go on from it.
+        """
+        layers, ours_and_saved = self.store.layers, (self.optimizer.param_groups, state_dict["param_groups"])
+        resume.check_groups(*ours_and_saved)
+        self._loaded, groups = {}, []
+        found: dict[str, str] = {}
+        for group, saved in zip(*ours_and_saved, strict=True):
+            ours, before = group.get(resume.BACKWARD, {}), saved.get(resume.BACKWARD, {})
+            found |= resume.changes(ours, before)
+            groups.append({**saved, resume.BACKWARD: ours} if ours else saved)
+            for param, key in zip(group["params"], saved["params"], strict=True):
                 state = state_dict["state"].get(key, {})
-                if param in layers:
+                if param in layers and state:
                     check_basis(layers[param], state)
+                    state = resume.with_schedule(state, ours, before)
                 if state:
                     self._loaded[param] = {name: state[name] for name in KEPT if name in state}
+        resume.tell(found)
+        return {**state_dict, "param_groups": groups}
 
     def _restore(self) -> None:
         for param, kept in self._loaded.items():

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hf_galore import resume
 from hf_galore.lowrank_basis import LayerBasis
 from hf_galore.lowrank_layer import LowRankLayer, Settings, data_parallel_ranks
 from hf_galore.lowrank_store import Change, UpdateStore
@@ -132,15 +133,28 @@ def kept_of(layer: LowRankLayer) -> dict[str, Tensor]:
     return kept
 
 
+def options_of(engine: Engine, layers: Iterable[LowRankLayer]) -> dict[str, Any]:
+    """The options of the engine that a run which goes on is compared by, and the names of the layers' weights."""
+    names = {module: f"{name}.weight" for name, module in engine.model.named_modules()}
+    options = {name: value for name, value in vars(engine.settings).items() if name in resume.FIXED + resume.FREE}
+    options["share_inputs"] = [list(siblings) for siblings in engine.settings.siblings]
+    return options | {resume.TARGETS: [names[layer.module] for layer in layers]}
+
+
 def check_basis(layer: LowRankLayer, kept: dict[str, Any]) -> None:
-    """Raises ValueError for a basis that was saved as other integers than it is kept as, or as floats instead."""
-    if "basis" in kept:
-        saved, ours = kept["basis"].dtype, layer.basis.kept["basis"].dtype
-        if saved != ours and not (saved.is_floating_point and ours.is_floating_point):
-            raise ValueError(
-                f"basis_dtype: a basis was saved as {saved}, and this model keeps it as {ours}. Enable the "
-                "projected backward with the basis_dtype of the run that goes on"
-            )
+    """Raises ValueError for a state without a basis of the projected backward, or with one that is kept otherwise."""
+    if "basis" not in kept or "basis_steps" not in kept:
+        raise resume.refused("the state has no basis of the projected backward: another optim wrote it")
+    saved, ours = kept["basis"], layer.basis.kept["basis"]
+    if saved.dtype != ours.dtype and not (saved.dtype.is_floating_point and ours.dtype.is_floating_point):
+        raise resume.refused(
+            f"basis_dtype: a basis was saved as {saved.dtype}, and this model keeps it as {ours.dtype}"
+        )
+    if saved.shape != ours.shape:
+        raise resume.refused(
+            f"a basis was saved with shape {tuple(saved.shape)}, and this run's has shape {tuple(ours.shape)}: rank, "
+            "proj_type or target modules are others"
+        )
 
 
 def restore(layer: LowRankLayer, kept: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Which parameters of a model are projected, and plain torch parameter groups that say so."""
 
+import ast
 import difflib
 import re
 import warnings
@@ -11,8 +12,10 @@ from torch import nn
 from hf_galore.experts import fused_experts, routers, stores_transposed
 from hf_galore.heads import heads
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS
+from hf_galore.resume import TARGETS
 
 ALL_LINEAR = "all-linear"
+_LIST_FORM = """; a list on a command line is q_proj v_proj, q_proj,v_proj or '["q_proj", "v_proj"]'"""
 
 
 def galore_param_groups(
@@ -35,8 +38,9 @@ def galore_param_groups(
 
     Args:
         target_modules: "all-linear" (all targets but output heads, classification heads, routers and embeddings); or
-            a regular expression that matches whole names, or a part of a name; or a list of those. Names are those of
-            `model.named_modules()`, and of `model.named_parameters()` for fused experts.
+            a regular expression that matches whole names, or a part of a name; or a list of those, also as a text in
+            JSON or with commas. Names are those of `model.named_modules()`, and of `model.named_parameters()` for
+            fused experts.
         rank, update_proj_gap, scale, proj_type: the group keys of the projected matrices.
         weight_decay: given to the groups; parameters not in `decay_parameters` get 0. None leaves the optimizer's own.
         decay_parameters: names of the parameters that decay; None means all with two dimensions or more.
@@ -97,15 +101,20 @@ def group_parameters(
     weight_decay: float | None,
     decay_parameters: Collection[str] | None,
 ) -> list[dict[str, Any]]:
-    """Groups of the named parameters: for each (keys, names) one that decays and one that does not, if not empty."""
+    """Groups of the named parameters: for each (keys, names) one that decays and one that does not, if not empty.
+
+    Those with `rank` have the names of their parameters as `targets`.
+    """
     groups = []
     for keys, names in kinds:
         wanted = set(names)
         members = [(name, param) for name, param in model.named_parameters() if name in wanted]
         for decays in (True, False):
-            params = [param for name, param in members if _decays(name, param, decay_parameters) is decays]
-            if params:
-                group: dict[str, Any] = {"params": params, **keys}
+            chosen = [(name, param) for name, param in members if _decays(name, param, decay_parameters) is decays]
+            if chosen:
+                group: dict[str, Any] = {"params": [param for _, param in chosen], **keys}
+                if "rank" in keys:  # a run that goes on asks whether they are still the same
+                    group[TARGETS] = [name for name, _ in chosen]
                 if weight_decay is not None:
                     group["weight_decay"] = weight_decay if decays else 0.0
                 groups.append(group)
@@ -128,13 +137,13 @@ def find_targets(
     Raises:
         ValueError, TypeError: as `galore_param_groups`.
     """
-    patterns = _as_list(target_modules)
     canonical = {id(param): name for name, param in model.named_parameters()}
     adapters = _adapter_prefixes(model)
     trained_codes = set()
     if quantized is not None and not adapters:
         trained_codes = {id(module.weight) for module in model.modules() if quantized(module)}
     candidates = list(_candidates(model, trained_codes))
+    patterns = _as_list(target_modules, [path for path, _ in candidates])
     if is_all_linear(target_modules):
         left_out = _left_out_of_all_linear(model)
         chosen = [(path, param) for path, param in candidates if id(param) not in left_out]
@@ -166,20 +175,57 @@ def _stem(prefix: str) -> str:
 
 def is_all_linear(target_modules: str | Sequence[str]) -> bool:
     """Whether this asks for all linear layers."""
-    patterns = _as_list(target_modules)
+    patterns = _as_list(target_modules, ())
     return len(patterns) == 1 and patterns[0].lower().replace("_", "-") == ALL_LINEAR
 
 
-def _as_list(target_modules: str | Sequence[str]) -> list[str]:
-    patterns = [target_modules] if isinstance(target_modules, str) else target_modules
-    if not isinstance(patterns, list | tuple | set | frozenset) or not all(isinstance(p, str) for p in patterns):
+def _as_list(target_modules: str | Sequence[str], paths: Collection[str]) -> list[str]:
+    """The patterns that are asked for; `paths` is what there is to match.
+
+    Raises:
+        ValueError, TypeError: as `galore_param_groups`.
+    """
+    given = [target_modules] if isinstance(target_modules, str) else target_modules
+    if not isinstance(given, list | tuple | set | frozenset) or not all(isinstance(p, str) for p in given):
         raise TypeError(
             f"target_modules={target_modules!r} must be 'all-linear', a regular expression or part of a module name, "
             "or a list of those"
         )
+    patterns = [pattern for text in given for pattern in _read(text, paths)]
     if not patterns or not all(patterns):
         raise ValueError(f"target_modules={target_modules!r} names no modules: pass 'all-linear' or module names")
-    return list(patterns)
+    return patterns
+
+
+def _read(text: str, paths: Collection[str]) -> list[str]:
+    """The patterns in a text from a command line or a file: itself, or a list that is written as one.
+
+    A JSON or Python list of strings is one. Otherwise commas and spaces divide a text that is no pattern for anything,
+    if every part is a plain name or a pattern for something: `q_proj,v_proj` is a list and `a{1,2}` is not.
+    """
+    listed = _literal_list(text)
+    if listed is not None:
+        return listed
+    if _matches_any(text, paths):
+        return [text]
+    parts = [part for part in (part.strip("[]\"'") for part in re.split(r"[,\s]+", text)) if part]
+    is_list = all(re.fullmatch(r"[\w.-]+", part) or _matches_any(part, paths) for part in parts)
+    return parts if parts and is_list else [text]
+
+
+def _literal_list(text: str) -> list[str] | None:
+    try:
+        value = ast.literal_eval(text.strip()) if text.lstrip().startswith("[") else None
+    except (SyntaxError, ValueError):
+        return None
+    return value if isinstance(value, list) and value and all(isinstance(part, str) for part in value) else None
+
+
+def _matches_any(pattern: str, paths: Collection[str]) -> bool:
+    try:
+        return any(matches(pattern, path) for path in paths)
+    except ValueError:  # no regular expression
+        return False
 
 
 def _candidates(model: nn.Module, trained_codes: Collection[int]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -254,6 +300,7 @@ def _nothing_matches(pattern: str, model: nn.Module, paths: list[str]) -> str:
             f"target_modules: {pattern!r} matches only modules without a matrix that can be projected (such as "
             f"{unfit[0]!r}); targets are nn.Linear, Conv1D and fused expert weights"
         )
+    form = _LIST_FORM if set(pattern) & set(", []") else ""
     leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
     near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], leaves, n=5, cutoff=0.3) or leaves[:10]
-    return f"target_modules: {pattern!r} matches no module; near matches: {', '.join(near) or 'none'}"
+    return f"target_modules: {pattern!r} matches no module; near matches: {', '.join(near) or 'none'}{form}"

@@ -53,6 +53,13 @@ def postponed(
     return torch.tensor([step + gap - late, gap, similar])
 
 
+def with_gap(lazy: Tensor, old: int, new: int) -> Tensor:
+    """The lazy schedule of a run whose gap becomes `new`: the same multiple of it, counted from the last refresh."""
+    following, gap, similar = lazy.tolist()
+    scaled = gap * new // old
+    return torch.tensor([following - gap + scaled, scaled, similar])
+
+
 def similarity(new: Tensor, old: Tensor, sizes: Sequence[int] | None = None) -> float:
     """The mean cosine between the columns of two bases (..., n, r), each turned the way that makes it positive.
 

@@ -71,6 +71,7 @@ def _prepare_model(self: Accelerator, *args: Any) -> Any:
     detach(optimizer)
     numbers = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
     chosen = _for_offload(optimizer, config)
+    _keep_powers(chosen)
     prepared = _original[0](self, *(chosen if arg is optimizer else arg for arg in args))
     from hf_galore.integrations.deepspeed_engine import attach
 
@@ -195,3 +196,29 @@ def _set_eps(optimizer: torch.optim.Optimizer) -> None:
         for param in group["params"] if group["bias_correction"] else ():
             step = optimizer.state.get(param, {}).get("step", 0) + 1
             group["eps"] = group["eps_before_correction"] / math.sqrt(1.0 - group["betas"][1] ** step)
+
+
+def _keep_powers(optimizer: torch.optim.Optimizer) -> None:
+    """Gives DeepSpeedCPUAdam the bits of a run that was not cut, after its state has been loaded.
+
+    It multiplies βᵗ up from step to step in an object of its own, and begins with pow(β, t) where it has not seen the
+    steps before. So it is shown these before it goes on, on nothing: two seconds for a million.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    if not isinstance(optimizer, DeepSpeedCPUAdam):
+        return
+    seen, nothing = 0, torch.empty(0)
+
+    def show(*_: Any) -> None:
+        nonlocal seen
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        done = max((int(optimizer.state.get(param, {}).get("step", 0)) for param in params), default=seen)
+        if done not in (seen - 1, seen):  # ZeRO-3 steps its flat partitions one by one
+            group = optimizer.param_groups[0]
+            values = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])
+            for step in range(1, done + 1):
+                optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, *values, *[nothing] * 4)
+        seen = done + 1
+
+    optimizer.register_step_pre_hook(show)

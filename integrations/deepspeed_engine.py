@@ -15,10 +15,11 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import register_external_parameter
 from torch import Tensor
 
+from hf_galore import resume
 from hf_galore.frozen_weight import PlainWeight
 from hf_galore.integrations.deepspeed_zero import ShardedWeight, ZeroStorage, ZeroStore, partitioned
 from hf_galore.lowrank_backward import LowRankBackward
-from hf_galore.lowrank_steps import READ_BY_THE_HOST, Steps, aim_if_lost, check_basis, kept_of, restore
+from hf_galore.lowrank_steps import READ_BY_THE_HOST, Steps, aim_if_lost, check_basis, kept_of, options_of, restore
 
 BASES = "hf_galore_bases.pt"  # in the folder of a checkpoint, beside DeepSpeed's own files
 _FLAT = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # of ZeRO-1 and 2, of ZeRO-3
@@ -148,7 +149,8 @@ class Checkpoints:
         layers = [
             {name: value.cpu() for name, value in kept_of(layer).items()} for layer in self.engine.layers.values()
         ]
-        return {"ranks": dist.get_world_size(), "layers": layers}
+        options = options_of(self.engine, self.engine.layers.values())
+        return {"ranks": dist.get_world_size(), "options": options, "layers": layers}
 
     def _read(self, folder: Path) -> list[dict[str, Tensor]]:
         file = folder / BASES
@@ -164,14 +166,15 @@ class Checkpoints:
                 f"{dist.get_world_size()}, for which DeepSpeed cannot divide the optimizer's state again. Resume with "
                 f"{saved['ranks']} ranks, or start from the checkpoint's weights (its model files, or zero_to_fp32.py)"
             )
-        if len(saved["layers"]) != len(self.engine.layers):
-            raise ValueError(
-                f"target_modules: {folder} has bases for {len(saved['layers'])} matrices and this run projects "
-                f"{len(self.engine.layers)}"
-            )
-        for layer, kept in zip(self.engine.layers.values(), saved["layers"], strict=True):
+        layers = list(self.engine.layers.values())
+        ours, before = options_of(self.engine, layers), saved.get("options", {})
+        groups = [{"params": layers, resume.BACKWARD: ours}], [{"params": saved["layers"], resume.BACKWARD: before}]
+        resume.check_groups(*groups)
+        found = resume.changes(ours, before)
+        for layer, kept in zip(layers, saved["layers"], strict=True):
             check_basis(layer, kept)
-        return list(saved["layers"])
+        resume.tell(found)
+        return [resume.with_schedule(kept, ours, before) for kept in saved["layers"]]
 
     def _restore(self, layers: list[dict[str, Tensor]]) -> None:
         for layer, kept in zip(self.engine.layers.values(), layers, strict=True):

@@ -7,8 +7,8 @@ there; `unregister` puts exactly that back.
 import functools
 import pickle
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import HfArgumentParser, trainer_optimizer
 from transformers import trainer as hf_trainer
-from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames, ParallelMode, TrainingArguments
 from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.import_utils import is_galore_torch_available as _asks_for_galore_torch
@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_galore.frozen_weight import holds_codes, whole_shapes
 from hf_galore.integrations import fsdp
+from hf_galore.integrations.command_line import parse_dataclass_field
 from hf_galore.integrations.deepspeed import check_settings, check_targets, refuse_own_optimizer
 from hf_galore.integrations.requirements import DEEPSPEED, PROJECTED_BACKWARD, require
 from hf_galore.integrations.subspace_log import SubspaceLog
@@ -68,6 +69,7 @@ def register() -> None:
     registry.update(dict.fromkeys(OPTIMIZERS, _galore_optimizer))
     registry.update(dict.fromkeys(LAYERWISE, _layerwise_optimizer))
     _replace(hf_trainer, "_parse_optim_args", _parse_optim_args)
+    _replace(HfArgumentParser, "_parse_dataclass_field", staticmethod(parse_dataclass_field))
     _replace(hf_trainer, "validate_quantization_for_training", _validate_quantization_for_training)
     functools.update_wrapper(_init, hf_trainer.Trainer.__init__, assigned=())  # keeps its signature
     for name, method in _METHODS.items():
@@ -133,6 +135,8 @@ def _galore_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type[tor
 def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str, Any]]:
     """A factory, in the Trainer's sense, of the optimizer for a model that it swaps to the projected backward.
 
+    It comes with the keyword arguments to call it with, which a Trainer may have changed by then.
+
     Raises:
         ValueError, TypeError: as `_galore_optimizer`.
         ImportError: torch has not what the projected backward rests on.
@@ -149,22 +153,23 @@ def _layerwise_optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[Any, 
         fsdp.use_right(low_rank, "right")
         fsdp.refuse_codes(_model(ctx))
     low_rank["gradient_accumulation_steps"] = ctx.args.gradient_accumulation_steps
-    shared = {key: kwargs[key] for key in ("state_dtype", "stochastic_rounding", "seed") if key in kwargs}
     if low_rank.get("refresh") == "exact" and ctx.args.parallel_mode == ParallelMode.DISTRIBUTED:
         raise ValueError("optim_args: refresh='exact' takes the gradients of one process; use refresh=streaming")
 
-    def make(model: nn.Module) -> torch.optim.Optimizer:
+    def make(model: nn.Module, **kwargs: Any) -> torch.optim.Optimizer:
+        decay = _decay(ctx.args, model)  # of the plain model: its weights still train, and have no companions
+        shared = {key: kwargs[key] for key in ("state_dtype", "stochastic_rounding", "seed") if key in kwargs}
         engine = enable(model, target_modules, **low_rank, **shared)
         if _engine() == DistributedType.DEEPSPEED:
             check_targets(engine)
         engine.gradients_complete = lambda: bool(GradientState().sync_gradients)
-        groups = engine.param_groups(model, **_decay(ctx.args, model))
+        groups = engine.param_groups(model, **decay)
         optimizer: Any = optimizer_class(groups, **kwargs)
         engine.attach(optimizer)
         optimizer.lowrank_backward = engine
         return optimizer
 
-    return lambda: make, {}
+    return lambda: make, kwargs
 
 
 def _suit_deepspeed(
@@ -212,9 +217,25 @@ def _model(ctx: trainer_optimizer.OptimizerContext) -> nn.Module:
     return ctx.model
 
 
+# The Trainer that trains or makes an optimizer: transformers passes on its arguments alone.
+_at_work: ContextVar[hf_trainer.Trainer | None] = ContextVar("hf_galore_at_work", default=None)
+
+
+@contextmanager
+def _working(trainer: hf_trainer.Trainer) -> Iterator[None]:
+    """Inside, `trainer` is the Trainer at work."""
+    token = _at_work.set(trainer)
+    try:
+        yield
+    finally:
+        _at_work.reset(token)
+
+
 def _decay(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
-    """Weight decay as the Trainer would apply it."""
-    names = hf_trainer.Trainer.get_decay_parameter_names(None, model)
+    """Weight decay as the Trainer at work applies it; where there is none, as transformers' own does."""
+    trainer = _at_work.get()
+    kind = hf_trainer.Trainer if trainer is None else type(trainer)
+    names = kind.get_decay_parameter_names(trainer, model)
     return {"weight_decay": args.weight_decay, "decay_parameters": frozenset(names)}
 
 
@@ -231,7 +252,8 @@ def _create_optimizer(self: hf_trainer.Trainer, model: nn.Module | None = None) 
         engine.install()  # train() once more: the same layers, the same state
     else:
         disable(self.model if model is None else model)
-    made = _original("create_optimizer")(self, model)
+    with _working(self):
+        made = _original("create_optimizer")(self, model)
     if isinstance(made, LowRankOptimizer) and self.accelerator.distributed_type in _REPLICATED:
         made.replicas = dist.group.WORLD
     if optimizer is None and _asks_for_statistics(self.args):
@@ -254,7 +276,8 @@ def _train(self: hf_trainer.Trainer, *args: Any, **kwargs: Any) -> Any:
         _refuse_engine(name)  # before the model is wrapped
     ended = False
     try:
-        result = _original("train")(self, *args, **kwargs)
+        with _working(self):  # also for a create_optimizer that a subclass has put in the place of ours
+            result = _original("train")(self, *args, **kwargs)
         ended = True
     finally:
         # A hyper-parameter search leaves no model. Under DeepSpeed a fold waits for ranks that may be gone.
@@ -376,7 +399,7 @@ def _load_optimizer_and_scheduler(self: hf_trainer.Trainer, checkpoint: str | No
         ValueError: a checkpoint is not complete, or galore-torch wrote it.
     """
     if checkpoint is not None and OptimizerNames(self.args.optim) in (*OPTIMIZERS, *LAYERWISE):
-        _refuse_half(Path(checkpoint))
+        _refuse_half(Path(checkpoint), self.is_deepspeed_enabled)
     try:
         _original("_load_optimizer_and_scheduler")(self, checkpoint)
     except pickle.UnpicklingError as error:
@@ -385,7 +408,7 @@ def _load_optimizer_and_scheduler(self: hf_trainer.Trainer, checkpoint: str | No
         raise ValueError(f"{checkpoint}: {GALORE_TORCH_STATE}") from error
 
 
-def _refuse_half(checkpoint: Path) -> None:
+def _refuse_half(checkpoint: Path, is_deepspeed_enabled: bool) -> None:
     """Raises ValueError for a checkpoint that lacks what transformers writes after the weights, or last of all."""
     if not (checkpoint / hf_trainer.TRAINER_STATE_NAME).is_file():
         raise ValueError(
@@ -396,6 +419,12 @@ def _refuse_half(checkpoint: Path) -> None:
         raise ValueError(
             f"{checkpoint} has the weights alone (save_only_model=True): a run cannot go on from it without the state "
             "of its optimizer. Load it as the model and train without resume_from_checkpoint"
+        )
+    if not is_deepspeed_enabled and not any(checkpoint.glob(f"{Path(hf_trainer.OPTIMIZER_NAME).stem}*")):
+        raise ValueError(
+            f"{checkpoint} has no {hf_trainer.OPTIMIZER_NAME}, because DeepSpeed or another tool wrote it: the run "
+            "would start from no state of its optimizer. Resume as it was written, or load it as the model and train "
+            "without resume_from_checkpoint"
         )
 
 

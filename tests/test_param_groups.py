@@ -201,3 +201,37 @@ def test_peft_factors_are_projected_only_if_named():
     factors = find_targets(model, ["lora_A"])
     assert {name.split(".")[-3] for name in factors} == {"lora_A"}
     assert {name.split(".")[-3] for name in find_targets(model, r".*lora_[AB].*")} == {"lora_A", "lora_B"}
+
+
+LISTS = [
+    "q_proj,v_proj",
+    "q_proj, v_proj",
+    " q_proj v_proj,",
+    '["q_proj", "v_proj"]',
+    "['q_proj','v_proj']",
+    "[q_proj, v_proj]",
+    ["q_proj,", "v_proj"],  # a shell divides at spaces
+    ["[q_proj,", "v_proj]"],
+    r'[".*self_attn\\.q_proj", ".*\\.v_pro{1,2}j"]',
+    r".*\.q_proj,.*\.v_proj",
+]
+
+
+@pytest.mark.parametrize("text", LISTS, ids=str)
+def test_a_list_in_a_text(text):
+    model = llama()
+    assert find_targets(model, text) == find_targets(model, ["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize("text", [r".*layers\.0{1,2}\..*_proj", "[a-z]+[.]layers[.]0[.](mlp|self_attn)[.].*"])
+def test_a_regular_expression_with_what_divides_lists(text):
+    """Every projection of the first layer."""
+    model = causal_lm(LlamaConfig(**TINY | {"num_hidden_layers": 2}, intermediate_size=24))
+    assert find_targets(model, text) == {name for name in find_targets(model, "all-linear") if ".0." in name}
+
+
+def test_an_unknown_name_in_a_text_is_named():
+    with pytest.raises(ValueError, match=r"'w_proj' matches no module; near matches: .*v_proj"):
+        find_targets(llama(), "q_proj,w_proj")
+    with pytest.raises(ValueError, match=r"matches no module.*a list on a command line is q_proj v_proj"):
+        find_targets(llama(), r"(x{1,2}),y\.+")

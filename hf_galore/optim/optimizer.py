@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_galore import resume
 from hf_galore.checks import check_boolean, check_integer, check_number
 from hf_galore.low_rank_options import LOW_RANK_DEFAULTS, check_low_rank, check_spread_batch, side_of_rows
 from hf_galore.messages import no_average_of_gradients, only, std_is
@@ -162,11 +163,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Loads a state dict as torch does, but leaves every state tensor in the dtype it was saved in.
 
         torch casts floating-point state to the parameter's dtype, and 8-bit codes to floats; both would change the
-        run.
+        run. Hyper-parameters are those of the state dict, as ever, but for the options of projection, rounding and
+        seed that only later steps depend on (`hf_galore.resume.FREE`): of these this optimizer's stay, with one
+        warning that names those that have changed.
 
         Raises:
-            ValueError: the state was written by galore-torch or by another class of ours, or its groups do not fit.
-                Nothing has been loaded then.
+            ValueError: the state was written by galore-torch or by another class of ours, with options that it does
+                not fit now, or its groups do not fit. Nothing has been loaded then.
         """
         seal = self.register_load_state_dict_pre_hook(_seal)
         unseal = self.register_load_state_dict_post_hook(_unseal, prepend=True)
@@ -435,33 +438,61 @@ def _seal(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[
     states = {index: state for index, state in state_dict["state"].items() if isinstance(state, dict)}
     if any("projector" in state for state in states.values()):
         raise ValueError(GALORE_TORCH_STATE)
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
-        for param, index in zip(group["params"], saved["params"], strict=False):
-            _check_formats(optimizer, param, {**group, **saved}, states.get(index, {}))
+    resume.check_groups(optimizer.param_groups, state_dict["param_groups"])
+    if resume.sizes(optimizer.param_groups) != resume.sizes(state_dict["param_groups"]):
+        return state_dict  # torch says so
+    groups: list[Group] = []
+    found: dict[str, str] = {}
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        ours = _as_spread(group)
+        found |= resume.changes(ours, saved)
+        groups.append({**saved, **{name: ours[name] for name in resume.OURS if name in ours}})
+        for param, index in zip(group["params"], saved["params"], strict=True):
+            if states.get(index):
+                states[index] = _fitting(optimizer, param, {**group, **groups[-1]}, saved, states[index])
+    resume.tell(found)
     sealed = {
         index: {name: _Sealed(value) if isinstance(value, Tensor) else value for name, value in state.items()}
         for index, state in states.items()
     }
-    return {**state_dict, "state": {**state_dict["state"], **sealed}}
+    return {**state_dict, "state": {**state_dict["state"], **sealed}, "param_groups": groups}
 
 
-def _check_formats(optimizer: LowRankOptimizer, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
-    for name, (shape, _) in optimizer.formats_of(param, group).items() if group.get("transposed") else ():
-        if name in state and state[name].shape != shape:
-            raise ValueError(
-                f"{name} was saved with shape {tuple(state[name].shape)}, and this run's has shape {tuple(shape)}. In "
-                "older states proj_type meant the other side for weights that are stored transposed (Conv1D)"
-            )
-    for name in optimizer.moment_shapes(param.shape, group):
+_OTHER_SIDE = (
+    " (in older states proj_type meant the other side for weights that are stored transposed, such as those of Conv1D)"
+)
+
+
+def _as_spread(group: Group) -> Group:
+    """The group as its first step makes it, where rows are spread over ranks."""
+    is_std = group.get("proj_type") == "std" and any(is_sharded(param) for param in group["params"])
+    return {**group, "proj_type": side_of_rows(group)} if is_std else group
+
+
+def _fitting(
+    optimizer: LowRankOptimizer, param: Tensor, group: Group, saved: Group, state: dict[str, Any]
+) -> dict[str, Any]:
+    """A parameter's saved state, for a group as it goes on.
+
+    Raises:
+        ValueError: it is not one of this optimizer, or not one of this parameter.
+    """
+    for name, (shape, kept) in optimizer.formats_of(param, group).items():
         moment = state.get(name)
-        if isinstance(moment, Tensor):
-            work, by_rows = working_dtype(param), is_sharded(param)
-            kept = optimizer.moment_format(name, moment.shape, group, work, by_rows).dtype
-            if (moment.dtype == torch.uint8) != (kept == torch.uint8):
-                raise ValueError(
-                    f"{name} was saved as {moment.dtype}, and {type(optimizer).__name__} keeps it as {kept}: load "
-                    "this state into the optimizer class that wrote it"
-                )
+        if not isinstance(moment, Tensor):
+            owner = type(optimizer).__name__
+            raise resume.refused(f"the state has no {name}, which {owner} keeps: another optim wrote it")
+        if (moment.dtype == torch.uint8) != (kept.dtype == torch.uint8):
+            raise resume.refused(
+                f"{name} was saved as {moment.dtype}, and {type(optimizer).__name__} keeps it as {kept.dtype}: load "
+                "this state into the optimizer class that wrote it"
+            )
+        if moment.shape != shape:
+            raise resume.refused(
+                f"{name} was saved with shape {tuple(moment.shape)} for a parameter of shape {tuple(param.shape)}, "
+                f"and this run's has shape {tuple(shape)}{_OTHER_SIDE if group.get('transposed') else ''}"
+            )
+    return resume.with_schedule(state, group, saved) if group.get("rank") is not None else state
 
 
 def _unseal(optimizer: torch.optim.Optimizer) -> None:
