@@ -1,6 +1,6 @@
 """The oldest versions that hf_galore runs with, in one place: `setup.py` reads it, and older ones are refused by name.
 
-Each bound is of what was run; what fails below it stands beside it.
+Beside each stands the reason.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -8,9 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 OLDEST = {
     "torch": "2.6",  # what transformers asks for from 5.20 on, and torch.compiler.set_stance
     "transformers": "5.22",  # 5.20 has the caches (a type for each layer, is_croppable), but was not run whole
-    "accelerate": "1.10",  # fsdp2_prepare_model came with 1.6
+    "accelerate": "1.10",  # the oldest that was run; below 1.6 there is no fsdp2_prepare_model
     "peft": "0.21",  # _get_adapter_state_dict and _remove_adapter_name_from_key of a tuner: in 0.20 they are not
-    "trl": "1.0",  # the trainers that were tried; 0.29 is for transformers 4
+    "trl": "1.0",  # the oldest whose trainers were run
     "deepspeed": "0.19",  # the layout of the flat partitions that is read
 }
 
