@@ -19,8 +19,8 @@ from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import HfArgumentParser, trainer_optimizer
 from transformers import trainer as hf_trainer
+from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames, ParallelMode, TrainingArguments
 from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.import_utils import is_galore_torch_available as _asks_for_galore_torch
@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_galore.frozen_weight import holds_codes, whole_shapes
 from hf_galore.integrations import fsdp
-from hf_galore.integrations.command_line import parse_dataclass_field
+from hf_galore.integrations.command_line import several_target_modules
 from hf_galore.integrations.deepspeed import check_settings, check_targets, refuse_own_optimizer
 from hf_galore.integrations.requirements import DEEPSPEED, PROJECTED_BACKWARD, require
 from hf_galore.integrations.subspace_log import SubspaceLog
@@ -69,7 +69,9 @@ def register() -> None:
     registry.update(dict.fromkeys(OPTIMIZERS, _galore_optimizer))
     registry.update(dict.fromkeys(LAYERWISE, _layerwise_optimizer))
     _replace(hf_trainer, "_parse_optim_args", _parse_optim_args)
-    _replace(HfArgumentParser, "_parse_dataclass_field", staticmethod(parse_dataclass_field))
+    field, several = several_target_modules()
+    _replaced.append((field, "metadata", field.metadata))
+    field.metadata = several
     _replace(hf_trainer, "validate_quantization_for_training", _validate_quantization_for_training)
     functools.update_wrapper(_init, hf_trainer.Trainer.__init__, assigned=())  # keeps its signature
     for name, method in _METHODS.items():
