@@ -2,7 +2,8 @@
 # ops are built along with it, where a C++ compiler is, and again when their sources have changed.
 #   make demo ARGS="..."           run examples/pretrain.py
 #   make test PYTEST_ARGS="..."    run the tests, but for the slow ones
-#   make test-all                  run all of them, and the sweep over the model classes of transformers
+#   make test-all                  run all of them, with llama.cpp where npm is
+#   make sweep                     build all architectures of transformers, tiny, and run all methods on each (nightly)
 #   make test-oldest               run a third with the oldest transformers, peft, accelerate and trl that setup.py admits
 #   make test-newest               run it with the newest ones there are
 #   make lint                      ruff, mypy and the warnings of the C++ compiler
@@ -27,7 +28,7 @@ PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check i
 
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python
 
-.PHONY: demo test test-all test-oldest test-newest lint kernels install clean
+.PHONY: demo test test-all test-oldest test-newest sweep llama-cpp lint kernels install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/pretrain.py $(ARGS)
@@ -36,8 +37,18 @@ test: $(VENV)/.dev
 	$(TEST) -m pytest tests $(PYTEST_ARGS)
 
 test-all: $(VENV)/.dev
+	@if command -v npm > /dev/null; then $(MAKE) llama-cpp; else echo "make test-all: there is no npm, and so no llama.cpp"; fi
 	$(TEST) -m pytest tests $(PYTEST_ARGS) -m "slow or not slow"
-	$(TEST) tests/sweep.py --jobs 2
+
+sweep: $(VENV)/.dev
+	$(TEST) tests/sweep.py --jobs 2 $(SWEEP_ARGS)
+
+# The package carries a llama.cpp that has been built; on other platforms its parts have other names.
+llama-cpp: build/llama-cpp/node_modules/node-llama-cpp
+
+build/llama-cpp/node_modules/node-llama-cpp:
+	npm install --prefix build/llama-cpp --no-save --ignore-scripts --no-audit --no-fund --omit=optional \
+		node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
 
 test-oldest test-newest: test-%: $(VENV)/.dev
 	$(TEST) tests/versions.py $* $(PYTEST_ARGS)

@@ -41,22 +41,31 @@ def attach(engine: LowRankBackward, deepspeed: Any, numbers: dict[Tensor, int]) 
     for basis in engine.bases:
         basis.to(deepspeed.device)
     if partitioned(layers[0].update):
-        _make_found(engine, deepspeed.optimizer)
+        _make_found(engine, deepspeed)
     store = ZeroStore(layers, deepspeed.optimizer, numbers)
     _wrap(deepspeed, "step", _Step(engine, deepspeed, store))
     Checkpoints(engine, deepspeed, store, {numbers[layer.update] for layer in layers})
 
 
-def _make_found(engine: LowRankBackward, zero: Any) -> None:
+def _make_found(engine: LowRankBackward, deepspeed: Any) -> None:
     """Lets ZeRO-3 find hidden parameters: one by one around the module that uses them, and all after a step."""
     for layer, module in engine.members():
         register_external_parameter(module, layer.update)
-    _wrap(zero.parameter_offload, "partition_all_parameters", partial(_shown, engine))
+    _wrap(deepspeed.optimizer.parameter_offload, "partition_all_parameters", partial(_shown, engine))
+    _wrap(deepspeed, "parameters", partial(_shown_list, engine))
 
 
 def _shown(engine: LowRankBackward, original: Callable[[], None]) -> None:
     with engine.shown():
         original()
+
+
+def _shown_list(engine: LowRankBackward, original: Callable[..., Iterator[Tensor]], *args: Any) -> Iterator[Tensor]:
+    """Parameters of DeepSpeed's engine, the small ones too: who generates without ZeRO-3's hooks gathers these."""
+    if not engine.installed:  # training is over
+        return original(*args)
+    with engine.shown():
+        return iter(list(original(*args)))
 
 
 def _wrap(holder: Any, name: str, around: Callable[..., Any]) -> None:

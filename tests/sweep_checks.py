@@ -5,6 +5,7 @@ A `Refusal` is a ValueError or TypeError of hf_galore, raised when a method is p
 """
 
 import copy
+import inspect
 import random
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import torch
 from sweep_models import floats
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from version_cases import cache_in, with_cache
 
 import hf_galore
 from hf_galore import GaLoreAdamW, SinkCache, galore_param_groups
@@ -303,8 +305,8 @@ def _steps_apart(model: Any, inputs: dict[str, Tensor]) -> float | None:
         return None
     try:
         whole = model(input_ids=ids)
-        past = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
-        step = model(input_ids=ids[:, -1:], past_key_values=past)
+        past = cache_in(model(input_ids=ids[:, :-1], use_cache=True))
+        step = model(input_ids=ids[:, -1:], **with_cache(model, past))
         return float((whole[0][:, -1] - step[0][:, -1]).abs().max())
     except Exception:
         return None
@@ -320,14 +322,17 @@ def sinks(subject: Subject) -> None:
         raise Failure(f"accepted by a model of {', '.join(inputs)}")
     ids = inputs["input_ids"]
     full = N_SINK + WINDOW
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     own: Any = None
     for start, stop in [(0, full - 2), (full - 2, full - 1), (full - 1, full)]:
-        theirs = model(input_ids=ids[:, start:stop], past_key_values=own, use_cache=True)
-        own = theirs.past_key_values
-        ours = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+        # As generate() gives them: some models, such as Bamba, count from 0 in every call without.
+        positions = {"position_ids": torch.arange(start, stop)[None]} if takes_positions else {}
+        theirs = model(input_ids=ids[:, start:stop], use_cache=True, **positions, **with_cache(model, own))
+        own = cache_in(theirs)
+        ours = model(input_ids=ids[:, start:stop], use_cache=True, **with_cache(model, cache))
         check_same(f"tokens {start} to {stop}", [ours[0]], [theirs[0]])
     for token in range(full, full + 2):
-        out = model(input_ids=ids[:, token : token + 1], past_key_values=cache, use_cache=True)[0]
+        out = model(input_ids=ids[:, token : token + 1], use_cache=True, **with_cache(model, cache))[0]
         if not out.isfinite().all():
             raise Failure("not finite after an eviction")
 

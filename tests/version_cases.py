@@ -9,7 +9,7 @@ from transformers.integrations import peft as transformers_peft
 
 from hf_galore.integrations.compatibility import cache_argument
 
-# model.add_adapter() and its sisters, and from_pretrained() of an adapter's folder: a version check alone.
+# model.add_adapter() and its sisters: a version check alone.
 transformers_takes_peft = pytest.mark.skipif(
     Version(version("peft")) < Version(transformers_peft.MIN_PEFT_VERSION),
     reason=f"transformers {version('transformers')} asks for peft {transformers_peft.MIN_PEFT_VERSION} in add_adapter",

@@ -16,9 +16,18 @@ from sysconfig import get_path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 LIBRARIES = ("transformers", "peft", "accelerate", "trl")
-TESTS = ("tests/integrations/test_transformers_register.py",)
+TESTS = (
+    "optim/test_parity.py",
+    "integrations/test_data_parallel.py",  # a launch of two ranks
+    *(f"integrations/test_transformers_{name}.py" for name in ("register", "trainer", "resume", "parity", "models")),
+    *(f"integrations/test_{name}.py" for name in ("requirements", "private_api", "plain_parameters")),
+    *(f"integrations/test_peft{name}.py" for name in ("", "_attention_bias", "_register_tokens")),
+    *(f"integrations/test_sink_cache{name}.py" for name in ("", "_generate", "_refused")),
+    *(f"integrations/test_{name}.py" for name in ("attention_bias", "register_tokens", "bitnet_export")),
+)
 _SHOW = """
 import sys
 from importlib.metadata import version
@@ -52,7 +61,7 @@ def main(which: str, *arguments: str) -> int:
     python = make(which)
     subprocess.run([python, "-c", _SHOW, which, "torch", *LIBRARIES], check=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([python, "-m", "pytest", *TESTS, *arguments], cwd=ROOT, env=environment).returncode
+    return subprocess.run([python, "-m", "pytest", *TESTS, *arguments], cwd=HERE, env=environment).returncode
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -38,6 +40,7 @@ from trainer_cases import (
 )
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl.models.utils import add_hooks, remove_hooks
 
 import hf_galore
 from hf_galore import GaLoreAdamW, galore_param_groups
@@ -308,6 +311,33 @@ def names_in_training(engine: str, folder: Path) -> list[list[str]]:
     return recorder.seen
 
 
+class HooksRemoved(transformers.TrainerCallback):
+    """Compares the logits after the first step, between folds, with ZeRO-3's hooks and without, as TRL generates."""
+
+    def __init__(self, trainer: transformers.Trainer) -> None:
+        self.trainer = trainer
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine, ids = self.trainer.deepspeed, torch.arange(8)[None]
+        if state.global_step == 1:
+            usual = engine(input_ids=ids).logits
+            with deepspeed.zero.GatheredParameters(engine.parameters()):
+                remove_hooks(engine)
+                self.difference = float((self.trainer.model(input_ids=ids).logits - usual).abs().max())
+                self.pending = any(layer.pending for layer in engine_of(self.trainer.model).layers.values())
+                add_hooks(engine)
+
+
+def hooks_removed(folder: Path) -> dict:
+    AcceleratorState._reset_state()
+    unset_hf_deepspeed_config()
+    trainer = Run("galore_adamw", folder).trainer(llama(), **settings("zero3", optim_args=", stagger=false"))
+    trainer.add_callback(compared := HooksRemoved(trainer))
+    trainer.train()
+    return {"difference": compared.difference, "pending": compared.pending, "losses": logged(trainer, "loss")}
+
+
 def accelerated(engine: str, folder: Path) -> dict:
     """The weights after `loop` under an Accelerator; in ZeRO-3 the model is partitioned as it is loaded."""
     AcceleratorState._reset_state()
@@ -346,6 +376,7 @@ def main(output: Path) -> None:
         results["kept"] = kept_for_the_backward_pass(output)
         results["skipped"] = skipped(output)
         results["names"] = {engine: names_in_training(engine, output) for engine in ("zero2", "zero3")}
+        results["hooks removed"] = hooks_removed(output)
         results["experts"] = refusal_of_experts(output)
         results["matrices"] = refusal_of_matrices()
         results["part"] = refusal_of_a_part(output, output / "zero2-galore_adamw-train" / f"checkpoint-{SAVED}")
@@ -590,6 +621,14 @@ def test_callbacks_see_the_parameters_of_the_plain_model(ranks, engine):
     plain = [name for name, _ in llama().named_parameters()]
     for rank in ranks:
         assert rank["names"][engine] == [plain] * (1 + 2 * STEPS)
+
+
+def test_it_generates_without_the_hooks_of_zero3(ranks):
+    """Whoever gathers the parameters of DeepSpeed's engine, and takes its hooks off, has what is pending as well."""
+    for rank in ranks:
+        assert rank["hooks removed"]["pending"]
+        assert rank["hooks removed"]["difference"] == 0
+        assert rank["hooks removed"]["losses"] == rank["zero3", "galore_adamw", "train"]["losses"]
 
 
 if __name__ == "__main__":
