@@ -312,7 +312,7 @@ def names_in_training(engine: str, folder: Path) -> list[list[str]]:
 
 
 class HooksRemoved(transformers.TrainerCallback):
-    """Compares the logits after the first step, between folds, with ZeRO-3's hooks and without, as TRL generates."""
+    """Compares the logits between two folds, with ZeRO-3's hooks and without, as TRL's trainers generate."""
 
     def __init__(self, trainer: transformers.Trainer) -> None:
         self.trainer = trainer
@@ -320,7 +320,7 @@ class HooksRemoved(transformers.TrainerCallback):
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         engine, ids = self.trainer.deepspeed, torch.arange(8)[None]
-        if state.global_step == 1:
+        if state.global_step == SAVED:
             usual = engine(input_ids=ids).logits
             with deepspeed.zero.GatheredParameters(engine.parameters()):
                 remove_hooks(engine)
@@ -332,10 +332,11 @@ class HooksRemoved(transformers.TrainerCallback):
 def hooks_removed(folder: Path) -> dict:
     AcceleratorState._reset_state()
     unset_hf_deepspeed_config()
-    trainer = Run("galore_adamw", folder).trainer(llama(), **settings("zero3", optim_args=", stagger=false"))
+    rare = ", update_proj_gap=10, stagger=false"  # the one refresh, and fold, comes after the first step
+    trainer = Run("galore_adamw", folder).trainer(llama(), **settings("zero3", optim_args=rare))
     trainer.add_callback(compared := HooksRemoved(trainer))
     trainer.train()
-    return {"difference": compared.difference, "pending": compared.pending, "losses": logged(trainer, "loss")}
+    return {"difference": compared.difference, "pending": compared.pending, "steps": trainer.state.global_step}
 
 
 def accelerated(engine: str, folder: Path) -> dict:
@@ -626,9 +627,7 @@ def test_callbacks_see_the_parameters_of_the_plain_model(ranks, engine):
 def test_it_generates_without_the_hooks_of_zero3(ranks):
     """Whoever gathers the parameters of DeepSpeed's engine, and takes its hooks off, has what is pending as well."""
     for rank in ranks:
-        assert rank["hooks removed"]["pending"]
-        assert rank["hooks removed"]["difference"] == 0
-        assert rank["hooks removed"]["losses"] == rank["zero3", "galore_adamw", "train"]["losses"]
+        assert rank["hooks removed"] == {"difference": 0, "pending": True, "steps": STEPS}
 
 
 if __name__ == "__main__":
