@@ -321,12 +321,12 @@ class HooksRemoved(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         engine, ids = self.trainer.deepspeed, torch.arange(8)[None]
         if state.global_step == SAVED:
-            usual = engine(input_ids=ids).logits
             with deepspeed.zero.GatheredParameters(engine.parameters()):
                 remove_hooks(engine)
-                self.difference = float((self.trainer.model(input_ids=ids).logits - usual).abs().max())
                 self.pending = any(layer.pending for layer in engine_of(self.trainer.model).layers.values())
+                logits = self.trainer.model(input_ids=ids).logits
                 add_hooks(engine)
+            self.difference = float((engine(input_ids=ids).logits - logits).abs().max())
 
 
 def hooks_removed(folder: Path) -> dict:
