@@ -71,8 +71,11 @@ def _reads(cls: type[nn.Module]) -> tuple[_Read, ...]:
 
 
 def _entries(cls: type[nn.Module]) -> list[str]:
-    """The methods that others call in a forward pass: `forward`, and of a part of a model all that are public."""
-    if hasattr(cls, "base_model_prefix"):  # a whole model, most of whose methods are for its weights
+    """The methods that others call in a forward pass: `forward`, and of a part of a model all that are public.
+
+    Of a whole model and of peft's layers most methods are for their weights: to merge them, for one.
+    """
+    if hasattr(cls, "base_model_prefix") or cls.__module__.partition(".")[0] == "peft":
         return ["forward"]
     own = [vars(base) for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
     names = {name for methods in own for name, method in methods.items() if callable(method)}

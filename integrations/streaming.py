@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from hf_galore.integrations.compatibility import cache_argument
+from hf_galore.integrations.decoders import decoder_of
 from hf_galore.integrations.sink_cache import SinkCache
 
 _FOREVER = 10**12  # tokens
@@ -85,7 +86,7 @@ def stream(
             attention_mask=torch.ones_like(input_ids),
             streamer=meter,
             max_new_tokens=max_new_tokens or _FOREVER,
-            **{cache_argument(model.forward): meter.cache},
+            **{cache_argument(decoder_of(model).forward): meter.cache},
             **kwargs,
         )
     finally:

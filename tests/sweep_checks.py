@@ -220,7 +220,7 @@ def bitlinear(subject: Subject) -> None:
         if f"{path}.weight" in trained and layer.weight.grad is None:
             raise Failure(f"{path} has no gradient")
     if not any(layer.weight.grad is not None for layer in layers.values()):
-        raise Failure("no gradients")
+        raise Inapplicable("no linear layer has a gradient")
     model.zero_grad()
     hf_galore.restore_linear(model.eval())
     parameters = {name for name, _ in model.named_parameters()}

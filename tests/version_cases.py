@@ -18,7 +18,8 @@ transformers_takes_peft = pytest.mark.skipif(
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """The cache as an argument of the model or of its generate(), by the name that these give it."""
-    return {cache_argument(model.forward): cache}
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # not peft's wrapper
+    return {cache_argument(plain.forward): cache}
 
 
 def cache_in(output: Any) -> Any:
