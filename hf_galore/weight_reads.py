@@ -8,7 +8,7 @@ calls here.
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,10 +19,11 @@ _ABOUT = ("device", "dtype", "shape", "size", "ndim", "dim", "is_cuda", "require
 _ASKING = ("isinstance", "hasattr", "getattr", "type", "id")
 
 
-class _Read(NamedTuple):
-    """A weight that a method reads: the names from `self` to its module, and the branches that this is in."""
+class _Use(NamedTuple):
+    """An attribute that a method asks for, and the branches that this is in."""
 
-    names: tuple[str | None, ...]  # None stands for all children of a list
+    name: str | None  # of an attribute of self, such as another method
+    weight_of: tuple[str | None, ...]  # the names from self to the module whose weight it reads; None for all children
     branches: tuple[tuple[ast.expr, bool], ...]  # tests, and what each must give
 
 
@@ -33,9 +34,8 @@ def read_weights(model: nn.Module) -> set[int]:
     """
     found: set[int] = set()
     for module in model.modules():
-        for read in _reads(type(module)):  # type: ignore[arg-type]  # mypy takes a metaclass's hash for the class's
-            if all(_truth(test, module) in (None, wanted) for test, wanted in read.branches):
-                found.update(id(getattr(owner, "weight", None)) for owner in _owners(module, read.names))
+        for names in _reads(module):
+            found.update(id(getattr(owner, "weight", None)) for owner in _owners(module, names))
     return found - {id(None)}
 
 
@@ -51,26 +51,26 @@ def _owners(module: Any, names: tuple[str | None, ...]) -> Iterator[nn.Module]:
         yield from _owners(child, tuple(rest))
 
 
-@cache
-def _reads(cls: type[nn.Module]) -> tuple[_Read, ...]:
-    """What the methods of a class read that run in a forward pass, as far as can be told."""
-    if cls.__module__.partition(".")[0] == "torch":
-        return ()
-    found: list[_Read] = []
-    seen, coming = set(), _entries(cls)
+def _reads(module: nn.Module) -> set[tuple[str | None, ...]]:
+    """What the methods of a module read that run in a forward pass, as far as can be told."""
+    cls: Any = type(module)
+    found, done = set(), set()
+    coming = [] if cls.__module__.partition(".")[0] == "torch" else list(_entries(cls))
     while coming:
         name = coming.pop()
-        method = inspect.unwrap(getattr(cls, name)) if name not in seen and hasattr(cls, name) else None
-        tree = _parsed(method) if inspect.isfunction(method) else None
-        seen.add(name)
-        if tree is not None:
-            nodes = list(_nodes(tree, ()))
-            found += [read for node, above in nodes if (read := _read(node, above)) is not None]
-            coming += [node.attr for node, _ in nodes if isinstance(node, ast.Attribute) and _is_self(node.value)]
-    return tuple(found)
+        for use in () if name in done else _uses(cls, name):
+            if any(_truth(test, module) not in (None, wanted) for test, wanted in use.branches):
+                continue
+            if use.weight_of:
+                found.add(use.weight_of)
+            if use.name is not None:
+                coming.append(use.name)
+        done.add(name)
+    return found
 
 
-def _entries(cls: type[nn.Module]) -> list[str]:
+@cache
+def _entries(cls: Any) -> list[str]:
     """The methods that others call in a forward pass: `forward`, and of a part of a model all that are public.
 
     Of a whole model and of peft's layers most methods are for their weights: to merge them, for one.
@@ -82,12 +82,21 @@ def _entries(cls: type[nn.Module]) -> list[str]:
     return ["forward", *sorted(name for name in names if not name.startswith(("_", "init", "reset")))]
 
 
-def _parsed(function: Callable[..., Any]) -> ast.AST | None:
-    """The source of a function; None where there is none."""
+@cache
+def _uses(cls: Any, name: str) -> tuple[_Use, ...]:
+    """What the method of this name asks for; nothing where there is no method, or no source of it."""
+    method = inspect.unwrap(getattr(cls, name)) if hasattr(cls, name) else None
+    if not inspect.isfunction(method):
+        return ()
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, SyntaxError):
-        return None
+        return ()
+    nodes = [(node, above) for node, above in _nodes(tree, ()) if isinstance(node, ast.Attribute)]
+    return tuple(
+        _Use(node.attr if _is_self(node.value) else None, _weight_of(node, above[-1]), _branches(node, above))
+        for node, above in nodes
+    )
 
 
 def _nodes(node: ast.AST, above: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]:
@@ -97,21 +106,22 @@ def _nodes(node: ast.AST, above: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST,
         yield from _nodes(child, (*above, node))
 
 
-def _read(node: ast.AST, above: tuple[ast.AST, ...]) -> _Read | None:
-    """What this node reads, if it is `self.….weight` and asks for the values."""
-    if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
-        return None
-    names, parent = _names(node.value), above[-1]
+def _weight_of(node: ast.Attribute, parent: ast.AST) -> tuple[str | None, ...]:
+    """The names to the module whose weight this is; () unless it is `self.….weight` and asks for the values."""
+    if node.attr != "weight" or not isinstance(node.ctx, ast.Load):
+        return ()
     about = isinstance(parent, ast.Attribute) and parent.attr in _ABOUT
     about |= isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id in _ASKING
-    if not names or about:
-        return None
-    branches = [
+    return () if about else _names(node.value)
+
+
+def _branches(node: ast.AST, above: tuple[ast.AST, ...]) -> tuple[tuple[ast.expr, bool], ...]:
+    """The tests that are above the node, and what each gives where it is reached."""
+    return tuple(
         (one.test, below not in _listed(one.orelse))
         for one, below in zip(above, (*above[1:], node), strict=True)
         if isinstance(one, ast.If | ast.IfExp) and below is not one.test
-    ]
-    return _Read(names, tuple(branches))
+    )
 
 
 def _listed(body: Any) -> list[ast.AST]:
@@ -140,12 +150,19 @@ def _truth(test: ast.expr, module: nn.Module) -> bool | None:
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         value = _truth(test.operand, module)
         return None if value is None else not value
+    code = _compiled(test)
+    try:
+        return None if code is None else bool(eval(code, {"self": module}))
+    except Exception:  # an attribute that is not there, or a tensor without values
+        return None
+
+
+@cache
+def _compiled(test: ast.expr) -> Any:
+    """The test, if it asks for lasting attributes of self alone."""
     known = ast.Attribute | ast.Compare | ast.Constant | ast.Name | ast.cmpop | ast.expr_context
     for node in ast.walk(test):
         changes = isinstance(node, ast.Attribute) and node.attr == "training"
         if changes or not isinstance(node, known) or (isinstance(node, ast.Name) and node.id != "self"):
             return None
-    try:
-        return bool(eval(compile(ast.Expression(test), "<branch>", "eval"), {"self": module}))
-    except Exception:  # an attribute that is not there, or a tensor without values
-        return None
+    return compile(ast.Expression(test), "<branch>", "eval")

@@ -40,6 +40,21 @@ def keeps_keys(decoder: Any) -> bool:
     return not set(types) <= KEEP_NO_KEYS
 
 
+def embeddings_of(decoder: Any) -> Any:
+    """The decoder's embeddings of tokens.
+
+    Raises:
+        ValueError: it has none, or several, one for each codebook (MusicGen).
+    """
+    try:
+        embeddings = decoder.get_input_embeddings()
+    except NotImplementedError:
+        embeddings = None
+    if not isinstance(getattr(embeddings, "embedding_dim", None), int):
+        raise ValueError(f"model: {type(decoder).__name__} has no embeddings of tokens, or several for each token")
+    return embeddings
+
+
 @torch.no_grad()
 def likely_token(decoder: Any) -> Tensor:
     """The id (1, 1), among the first of the vocabulary, with the longest embedding: for trial runs.
@@ -47,7 +62,7 @@ def likely_token(decoder: Any) -> Tensor:
     An id, because some decoders look up more than the embeddings for it; and this one, because the embeddings of
     padding and of unused tokens are often zeros, of which all is zero.
     """
-    embeddings = decoder.get_input_embeddings()
+    embeddings = embeddings_of(decoder)
     ids = torch.arange(min(_FIRST_IDS, decoder.config.vocab_size), device=decoder.device)
     return embeddings(ids).float().norm(dim=-1).argmax().view(1, 1)
 

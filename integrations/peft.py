@@ -110,6 +110,10 @@ class BitLinearModel(BaseTuner):
         if everything:
             _refuse_experts(model)
             peft_config.target_modules = sorted(all_linear(model))
+            if not peft_config.target_modules:
+                raise ValueError(
+                    f"target_modules={wanted!r}: {type(model).__name__} has no nn.Linear, but for its heads"
+                )
         modules = {
             path: module
             for path, module in model.named_modules()

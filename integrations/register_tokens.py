@@ -19,7 +19,7 @@ from hf_galore.attention.blocks import find_blocks
 from hf_galore.attention.registers import STD, RegisterTokens, check_registers
 from hf_galore.integrations import register_decoder, register_vision
 from hf_galore.integrations.attention_modules import example_of
-from hf_galore.integrations.decoders import decoder_of, keeps_keys, makes_masks
+from hf_galore.integrations.decoders import decoder_of, embeddings_of, keeps_keys, makes_masks
 from hf_galore.integrations.register_decoder import CHILD, hook_decoder, masks_later
 from hf_galore.integrations.register_vision import EMBEDDINGS, hook_vision
 
@@ -110,7 +110,7 @@ def find_home(model: Any) -> Home:
     attends = {"inputs_embeds", "attention_mask"} <= takes and keeps_keys(decoder)
     if model.config.is_encoder_decoder or not attends:
         raise ValueError(_refusal(model, "it is neither a decoder with attention nor a vision transformer"))
-    return Home(model, decoder, decoder, decoder.get_input_embeddings().embedding_dim, is_vision=False)
+    return Home(model, decoder, decoder, embeddings_of(decoder).embedding_dim, is_vision=False)
 
 
 def check(home: Home) -> None:
@@ -208,7 +208,8 @@ def _runs_on_ids(model: PreTrainedModel, ids: Tensor) -> bool:
 
 def _check_vision(home: Home) -> None:
     """Raises ValueError unless there is an output of the same shape and another content."""
-    before: Any = home.inner(**example_of(home.inner))[0]
+    with _refusing(home.model, "it does not run on an image alone"):
+        before: Any = home.inner(**example_of(home.inner))[0]
     if not isinstance(before, Tensor) or before.ndim != 3:
         raise ValueError(_refusal(home.model, "its first output is not one sequence of hidden states"))
     after = _tried(home, home.inner, **example_of(home.inner))

@@ -72,8 +72,10 @@ class SinkCache(Cache):
         if model.training:
             raise ValueError("model: it is in training mode; SinkCache is for generation, after model.eval()")
         self.decoder = decoder_of(model)
-        if cache_argument(self.decoder.forward) is None:
-            raise ValueError(f"model: {type(self.decoder).__name__} takes no cache of keys and values")
+        if model.config.is_encoder_decoder or cache_argument(self.decoder.forward) is None:
+            raise ValueError(
+                f"model: {type(model).__name__} is no decoder that keeps keys and values of its own alone"
+            )
         if makes_masks(model, self.decoder):
             raise ValueError(
                 f"model: {type(model).__name__} makes the masks of its decoder itself, for images that attend in both "
