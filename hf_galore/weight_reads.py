@@ -30,10 +30,13 @@ class _Use(NamedTuple):
 def read_weights(model: nn.Module) -> set[int]:
     """The ids of the weights that a forward pass of the model may read past the modules that hold them.
 
-    Branches that attributes of the module switch off do not count. torch's own modules are not looked at.
+    Branches that attributes of the module switch off do not count. Of torch's own modules, nn.MultiheadAttention is
+    known to read that of its `out_proj`; others are not looked at.
     """
     found: set[int] = set()
     for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found.add(id(module.out_proj.weight))
         for names in _reads(module):
             found.update(id(getattr(owner, "weight", None)) for owner in _owners(module, names))
     return found - {id(None)}

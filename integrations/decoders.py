@@ -1,11 +1,11 @@
 """Which part of a transformers model is its decoder, and whether that attends to what it has seen."""
 
 import inspect
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_galore.integrations.compatibility import cache_argument
@@ -38,6 +38,14 @@ def keeps_keys(decoder: Any) -> bool:
         return False
     types, _ = get_layer_types_and_kwargs(decoder.config)
     return not set(types) <= KEEP_NO_KEYS
+
+
+def own_cache(decoder: Any) -> type | None:
+    """The kind of cache that the decoder was written for and takes alone (MiniMax's), as its forward declares it."""
+    name = cache_argument(decoder.forward)
+    declared = None if name is None else inspect.signature(decoder.forward).parameters[name].annotation
+    kinds = [kind for kind in (declared, *get_args(declared)) if isinstance(kind, type) and issubclass(kind, Cache)]
+    return kinds[0] if kinds and all(".models." in kind.__module__ for kind in kinds) else None
 
 
 def embeddings_of(decoder: Any) -> Any:

@@ -119,12 +119,12 @@ class BitLinearModel(BaseTuner):
             for path, module in model.named_modules()
             if path and self._check_target_module_exists(peft_config, path)
         }
-        for path, module in modules.items():
-            check_layer(path, module)
         kept = called(model, list(modules), everything)
         if everything:
             peft_config.target_modules = kept
             modules = {path: modules[path] for path in kept}
+        for path, module in modules.items():
+            check_layer(path, module)
         _refuse_tied(model, modules)
         file = TensorFile() if peft_config.keep_original else None
         self._originals: dict[nn.Module, Originals] = {m: originals_of(m, file) for m in modules.values()}

@@ -16,7 +16,7 @@ from transformers.cache_utils import (
 from hf_galore.attention.sink_window import SinkWindow
 from hf_galore.checks import check_integer
 from hf_galore.integrations.compatibility import cache_argument
-from hf_galore.integrations.decoders import KEEP_NO_KEYS, decoder_of, makes_masks
+from hf_galore.integrations.decoders import KEEP_NO_KEYS, decoder_of, makes_masks, own_cache
 from hf_galore.integrations.rotary import KeyRotation, position_limit
 from hf_galore.integrations.sink_forward import attach
 from hf_galore.integrations.sink_layer import HybridSinkLayer, SinkLayer, SinkSteps
@@ -72,15 +72,7 @@ class SinkCache(Cache):
         if model.training:
             raise ValueError("model: it is in training mode; SinkCache is for generation, after model.eval()")
         self.decoder = decoder_of(model)
-        if model.config.is_encoder_decoder or cache_argument(self.decoder.forward) is None:
-            raise ValueError(
-                f"model: {type(model).__name__} is no decoder that keeps keys and values of its own alone"
-            )
-        if makes_masks(model, self.decoder):
-            raise ValueError(
-                f"model: {type(model).__name__} makes the masks of its decoder itself, for images that attend in both "
-                "directions, and SinkCache needs masks of its own there"
-            )
+        _check_decoder(model, self.decoder)
         config = self.decoder.config
         types, options = get_layer_types_and_kwargs(config)
         capacity = n_sink + window
@@ -180,6 +172,23 @@ def _tensors(layer: Any) -> list[Tensor]:
     if isinstance(layer, CacheLayerMixin) and layer.is_initialized:
         held += layer.ring.tensors() if isinstance(layer, SinkLayer) else (layer.keys, layer.values)
     return [tensor for tensor in held if tensor is not None]
+
+
+def _check_decoder(model: Any, decoder: Any) -> None:
+    """Raises ValueError unless the decoder takes any cache, and makes masks for it."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"model: {name} has an encoder; SinkCache is for models that are a decoder alone")
+    if cache_argument(decoder.forward) is None:
+        raise ValueError(f"model: {type(decoder).__name__} takes no cache of keys and values")
+    own = own_cache(decoder)
+    if own is not None:
+        raise ValueError(f"model: {type(decoder).__name__} takes no other cache than {own.__name__}")
+    if makes_masks(model, decoder):
+        raise ValueError(
+            f"model: {name} makes the masks of its decoder itself, for images that attend in both directions, and "
+            "SinkCache needs masks of its own there"
+        )
 
 
 def _types_with_sinks(config: Any, types: list[str], options: list[dict[str, Any]], capacity: int) -> set[str]:

@@ -115,7 +115,10 @@ def engines(subject: Subject) -> None:
         outputs(model, inputs)
     except Exception:  # some models make float32 tensors on their way
         model, other, inputs = subject.make(), subject.make(), subject.inputs
-    _check_trains(copy.deepcopy(model), inputs)
+    grads = _check_trains(copy.deepcopy(model), inputs)
+    for name in filter(lambda name: _is_of_lower_rank(grads[name]), grads):
+        model.get_parameter(name).requires_grad_(False)
+        other.get_parameter(name).requires_grad_(False)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     trains = [param.requires_grad for param in model.parameters()]
     groups, said = _or_refusal(lambda: galore_param_groups(model, **LOW_RANK))
@@ -161,8 +164,8 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str,
         optimizer.zero_grad()
 
 
-def _check_trains(model: nn.Module, inputs: dict[str, Tensor]) -> set[str]:
-    """Names of the parameters with a gradient; raises Inapplicable unless there are some, the same ones twice."""
+def _check_trains(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients that there are, by parameter; raises Inapplicable unless there are some, the same ones twice."""
     found = []
     try:
         for _ in range(2):
@@ -179,7 +182,15 @@ def _check_trains(model: nn.Module, inputs: dict[str, Tensor]) -> set[str]:
     for one, other in zip(*found, strict=True):
         if one is not None and not torch.allclose(one, other, rtol=1e-3):
             raise Inapplicable("the model itself has other gradients each time")
-    return {name for name, param in model.named_parameters() if param.grad is not None}
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+def _is_of_lower_rank(grad: Tensor) -> bool:
+    """Whether a matrix of it has a lower rank than the subspace, which it does not determine then: it is in many."""
+    if grad.ndim < 2 or min(grad.shape[-2:]) <= RANK:
+        return False
+    values = torch.linalg.svdvals(grad)
+    return bool((values[..., RANK - 1] <= 1e3 * torch.finfo(grad.dtype).eps * values[..., 0]).any())
 
 
 def _check_close(start: dict[str, Tensor], one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -49,9 +49,9 @@ def replace_linear(
     names = find_targets(model, target_modules)
     modules = dict(model.named_modules())
     paths = sorted(name.removesuffix(".weight") for name in names)
+    paths = called(model, paths, is_all_linear(target_modules))
     for path in paths:
         check_convertible(path, modules.get(path))
-    paths = called(model, paths, is_all_linear(target_modules))
     for path in paths:
         norm = is_normed(path.rpartition(".")[2], use_rms_norm, use_sub_norm)
         to_bitlinear(
@@ -95,7 +95,7 @@ def called(model: nn.Module, paths: Sequence[str], all_linear: bool) -> list[str
         ValueError: there are others, and they were named.
     """
     read, modules = read_weights(model), dict(model.named_modules())
-    kept = [path for path in paths if id(modules[path].weight) not in read]
+    kept = [path for path in paths if id(getattr(modules.get(path), "weight", None)) not in read]
     others = [path for path in paths if path not in set(kept)]
     if others:
         message = f"the model reads the weight of {others[0]!r} and does not (always) call it"
