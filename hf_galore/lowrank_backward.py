@@ -40,7 +40,7 @@ from hf_galore.lowrank_optimizer import OptimizerSteps
 from hf_galore.lowrank_parameters import UPDATE
 from hf_galore.lowrank_targets import forward_name, sharing_inputs, swappable
 from hf_galore.messages import clamped_rank
-from hf_galore.nn.host_weight import HostWeight, to_device, to_host
+from hf_galore.nn.host_weight import HostWeight, check_ternary, to_device, to_host
 from hf_galore.optim.optimizer import warn_once
 from hf_galore.param_groups import ALL_LINEAR, find_targets, group_parameters, low_rank_kinds
 from hf_galore.shards import is_sharded
@@ -221,6 +221,8 @@ class LowRankBackward:
 
         Idempotent. They are hidden again by `hide`, at the latest in the first forward pass or step.
         """
+        if self.settings.offload_masters and not self._hooks:
+            self._offload()  # or raises, with nothing changed
         if not self._trained:
             self._trained = {module: bool(module.weight.requires_grad) for _, module in self.members()}
         for module in self._trained:
@@ -230,8 +232,6 @@ class LowRankBackward:
         if self._hooks:
             self._show(self.members(), True)
             return
-        if self.settings.offload_masters:
-            self._offload()
         object.__setattr__(self.model, _ENABLED, self)  # not through nn.Module: this is no part of the model
         self.clear_with(self.model)
         for layer, module in self.members():
@@ -285,6 +285,7 @@ class LowRankBackward:
         """Moves the weights to the host; raises ValueError for other than BitLinear, and among several processes."""
         if data_parallel_ranks() is not None:
             raise ValueError("offload_masters runs in a single process; among several use ZeRO's offload_param")
+        check_ternary(layer.weight for layer in self._layers)
         if self.link is None:
             self.link = Link(self._layers[0].weight.stored.device)
         for layer in self._layers:

@@ -94,7 +94,8 @@ def check_reached(model: PreTrainedModel, targets: Mapping[str, tuple[nn.Module,
     for module in modules:
         add_hook(module, see)
     try:
-        with torch.no_grad(), torch.random.fork_rng([] if model.device.type == "cpu" else [model.device]):
+        devices = [] if model.device.type == "cpu" else [model.device]
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
             _run_on_an_example(model)
     finally:
         for module in modules:

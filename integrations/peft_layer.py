@@ -23,11 +23,12 @@ from hf_galore.nn.originals import Original, TensorFile, UnkeptOriginal
 
 @dataclass(frozen=True)
 class Originals:
-    """What a layer was before it was made ternary, and the device that it was on."""
+    """What a layer was before it was made ternary, the device that it was on, and whether it trained."""
 
     weight: Original
     bias: Original | None
     device: torch.device
+    trained: bool
 
 
 class Registered:
@@ -108,7 +109,10 @@ class BitLinearLayer(BitLinear, BaseTunerLayer):
             y: Tensor = copy(x, self.shared)
             return y
         weight, bias = self.original()
-        return linear(x, weight.to(x.device), bias)
+        weight = weight.to(x.device)
+        if not torch.is_grad_enabled():  # of inputs that are not contiguous, torch rounds the product accordingly
+            weight = weight.detach().requires_grad_(self.originals.trained)
+        return linear(x, weight, bias)
 
     def original(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias of before.
@@ -268,7 +272,8 @@ def originals_of(module: nn.Module, file: TensorFile | None) -> Originals:
     """
     keep = UnkeptOriginal if file is None else file.original
     assert isinstance(module, nn.Linear)
-    return Originals(keep(module.weight), None if module.bias is None else keep(module.bias), module.weight.device)
+    weight, bias = module.weight, module.bias
+    return Originals(keep(weight), None if bias is None else keep(bias), weight.device, weight.requires_grad)
 
 
 def install(module: nn.Module, originals: Originals, adapter: str, **options: Any) -> None:

@@ -247,7 +247,7 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     devices = [] if model.device.type == "cpu" else [model.device]
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in training:

@@ -76,6 +76,7 @@ def _where_large(small: int) -> Callable[[int], int]:
 _RULES = [
     (r".*vocab_size.*|.*vocab|codebook_size|num_embeddings", _at_most(VOCABULARY)),
     (r"first_k_dense_replace|num_dense_layers|num_nextn_predict_layers", _at_most(1)),
+    (r"index_topk", _at_most(LONGEST)),  # all: near ties among fewer would be decided by rounding
     (r"n_group|topk_group|num_expert_group|topk_groups", _at_most(1)),
     (r".*experts_per_tok|.*top_?k|moe_k", _at_most(2)),
     (r".*experts|.*expert_num", _at_most(4)),

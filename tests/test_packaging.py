@@ -137,7 +137,7 @@ def test_wheel_holds_the_native_ops(wheel):
 def test_an_installation_without_a_compiler_succeeds(tmp_path):
     """What is missing is said by a note, which `python -m hf_galore env` shows."""
     shutil.copytree(ROOT / "hf_galore/csrc", tmp_path / "hf_galore/csrc")
-    for name in ("setup.py", "README.md", "hf_galore/__init__.py", "hf_galore/native.py"):
+    for name in ("setup.py", "README.md", "hf_galore/__init__.py", "hf_galore/native.py", "hf_galore/versions.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     env = os.environ | {"CC": "/no/compiler", "CXX": "/no/compiler"}

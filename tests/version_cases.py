@@ -8,6 +8,7 @@ from packaging.version import Version
 from transformers.integrations import peft as transformers_peft
 
 from hf_galore.integrations.compatibility import cache_argument
+from hf_galore.integrations.decoders import decoder_of
 
 # model.add_adapter() and its sisters: a version check alone.
 transformers_takes_peft = pytest.mark.skipif(
@@ -19,7 +20,7 @@ transformers_takes_peft = pytest.mark.skipif(
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """The cache as an argument of the model or of its generate(), by the name that these give it."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # not peft's wrapper
-    return {cache_argument(plain.forward): cache}
+    return {cache_argument(plain.forward) or cache_argument(decoder_of(plain).forward): cache}
 
 
 def cache_in(output: Any) -> Any:

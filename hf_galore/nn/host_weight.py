@@ -4,7 +4,7 @@ Codes travel once for each value of the weight: m·n/4 bytes and a scale after e
 weights would be 4·m·n. Where 4 does not divide m a code takes a byte.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from hf_galore.frozen_weight import FrozenWeight
 from hf_galore.link import HOST, Link
-from hf_galore.nn.bitlinear import BitLinear
 from hf_galore.nn.functional import Ternary, absmean_ternary
 from hf_galore.nn.packing import compact, expand
 from hf_galore.nn.ternary_weight import TernaryWeight
@@ -59,15 +58,16 @@ def _decoded(stored: Tensor, scale: Tensor) -> Tensor:
     return expand(stored) * scale
 
 
-def to_host(weight: FrozenWeight, link: Link) -> HostWeight:
-    """Moves the weight to the host, with its codes on the link's device.
-
-    Raises:
-        ValueError: it is not that of a BitLinear.
-    """
-    module = getattr(weight, "bitlinear", None)
-    if not isinstance(module, BitLinear):
+def check_ternary(weights: Iterable[FrozenWeight]) -> None:
+    """Raises ValueError unless all of the weights are those of BitLinear, which `to_host` can move."""
+    if not all(isinstance(weight, TernaryWeight) for weight in weights):
         raise ValueError("offload_masters: all targets must be BitLinear; see hf_galore.replace_linear")
+
+
+def to_host(weight: FrozenWeight, link: Link) -> HostWeight:
+    """Moves the weight of a BitLinear to the host, with its codes on the link's device."""
+    assert isinstance(weight, TernaryWeight)
+    module = weight.bitlinear
     module.link = link
     module.weight.data = module.weight.data.to(HOST)
     return HostWeight(module, link)

@@ -186,6 +186,28 @@ def test_a_disabled_adapter_is_the_original_bit_for_bit(make):
     assert base_names(model)
 
 
+class Transposed(nn.Module):
+    """Gives its layer tokens that are not contiguous, whose product torch rounds by whether the weight trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(37, 29)
+
+    def forward(self, x):
+        return self.linear(x.mT)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_disabled_adapter_is_the_original_of_inputs_that_are_not_contiguous(trains):
+    torch.manual_seed(0)
+    model, x = Transposed().requires_grad_(trains), torch.randn(4, 37, 5)
+    with torch.no_grad():
+        original = model(x)
+        adapter = peft.get_peft_model(model, BitLinearConfig(target_modules=["linear"]))
+        with adapter.disable_adapter():
+            assert torch.equal(adapter(x), original)
+
+
 def test_unload_gives_the_original(make):
     model = train(adapted(make())).unload()
     assert_same(weights(model), weights(make()))
