@@ -22,6 +22,7 @@ from version_cases import cache_in, with_cache
 import hf_galore
 from hf_galore import GaLoreAdamW, SinkCache, galore_param_groups
 from hf_galore.lowrank_backward import enable
+from hf_galore.nn.bitlinear import BitLinear
 from hf_galore.nn.convert import bitlinears
 
 RANK, RATE, STEPS = 2, 1e-2, 2
@@ -216,16 +217,19 @@ def bitlinear(subject: Subject) -> None:
     trained = _check_trains(copy.deepcopy(model), inputs)
     with refusing():
         hf_galore.replace_linear(model)
-    called = set()
+    called = set()  # weights: of blocks that share theirs, some layers are never called
     layers = bitlinears(model)
-    handles = [layer.register_forward_hook(lambda module, *_: called.add(module)) for layer in layers.values()]
+    handles = [
+        module.register_forward_hook(lambda module, *_: called.add(module.weight))
+        for module in model.modules()
+        if isinstance(module, BitLinear)
+    ]
     seed()
     _loss(model.train(), inputs).backward()
     for handle in handles:
         handle.remove()
-    weights_called = {layer.weight for layer in called}  # blocks that several layers share are called as one of them
     for path, layer in layers.items():
-        if layer.weight.grad is not None and layer.weight not in weights_called:
+        if layer.weight.grad is not None and layer.weight not in called:
             raise Failure(f"{path} is read and never called")
         if layer.weight.grad is not None and not layer.weight.grad.isfinite().all():
             raise Failure(f"{path} has a gradient that is not finite")
