@@ -40,7 +40,7 @@ from hf_galore.integrations.peft_layer import (
 )
 from hf_galore.integrations.peft_method import register_method, unregister_method
 from hf_galore.integrations.peft_packed import check_packable, packed
-from hf_galore.nn.convert import RESTORED, called, check_convertible, is_normed, share_activations
+from hf_galore.nn.convert import RESTORED, called, check_convertible, check_untied, is_normed, share_activations
 from hf_galore.nn.frozen_copy import FrozenCopy
 from hf_galore.nn.originals import TensorFile
 from hf_galore.param_groups import all_linear, is_all_linear
@@ -125,7 +125,7 @@ class BitLinearModel(BaseTuner):
             modules = {path: modules[path] for path in kept}
         for path, module in modules.items():
             check_layer(path, module)
-        _refuse_tied(model, modules)
+        check_untied(model, modules)
         file = TensorFile() if peft_config.keep_original else None
         self._originals: dict[nn.Module, Originals] = {m: originals_of(m, file) for m in modules.values()}
 
@@ -318,17 +318,6 @@ def _refuse_experts(model: nn.Module) -> None:
     for path, module in model.named_modules():
         for name in fused_experts(module):
             check_convertible(f"{path}.{name}", None)
-
-
-def _refuse_tied(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Raises ValueError for targets whose weight is that of another module."""
-    chosen = set(targets.values())
-    others = {id(p): path for path, m in model.named_modules() if m not in chosen for p in m.parameters(recurse=False)}
-    for path, module in targets.items():
-        owner = others.get(id(module.weight))
-        if owner is not None:
-            raise ValueError(f"target_modules: {path!r} has the weight of {owner!r}, which would not be ternary")
-        others[id(module.weight)] = path
 
 
 def _refuse_norms(layers: dict[str, BitLinearLayer]) -> None:

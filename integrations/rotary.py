@@ -192,12 +192,13 @@ def _cached_at(decoder: Any, positions: tuple[int, int]) -> list[tuple[Tensor | 
     """Keys and values (2, heads, 1, width) of each layer for one token at two positions, None where it has none."""
     token = likely_token(decoder)
     cache = DynamicCache(config=decoder.config)
-    decoder(
-        input_ids=token.expand(2, 1),
-        position_ids=torch.tensor(positions, device=token.device)[:, None],
-        use_cache=True,
-        **{cache_argument(decoder.forward): cache},
-    )
+    with torch.compiler.set_stance("force_eager"):  # nothing is compiled for a trial
+        decoder(
+            input_ids=token.expand(2, 1),
+            position_ids=torch.tensor(positions, device=token.device)[:, None],
+            use_cache=True,
+            **{cache_argument(decoder.forward): cache},
+        )
     return [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
 
 

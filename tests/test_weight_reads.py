@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_galore import replace_linear
@@ -88,6 +89,21 @@ class Branches(nn.Module):
 )
 def test_branches_that_attributes_switch_off_do_not_count(flag, read):
     assert read_layers(Branches(flag)) == read
+
+
+def test_what_others_do_to_weights_does_not_count():
+    """peft's layers read theirs to merge them, in methods and branches that a forward pass does not take."""
+    model = get_peft_model(causal_lm("Llama"), LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"]))
+    assert read_weights(model) == set()
+
+
+def test_attention_of_torch_reads_its_output_projection():
+    """And BitLinear leaves it out."""
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
+    assert read_layers(layer) == {"out_proj"}
+    with pytest.warns(UserWarning, match="reads the weight of 'self_attn.out_proj'"):
+        replace_linear(layer)
+    assert set(bitlinears(layer)) == {"linear1", "linear2"}
 
 
 def losses(model, optimizer):

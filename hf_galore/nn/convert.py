@@ -41,8 +41,9 @@ def replace_linear(
         rms_norm_eps: of these norms.
 
     Raises:
-        ValueError: nothing matches, a target is no plain nn.Linear (Conv1D, fused experts, quantized), the model reads
-            the weight of a target that is named, or both kinds of norm are asked for.
+        ValueError: nothing matches, a target is no plain nn.Linear (Conv1D, fused experts, quantized) or shares its
+            weight with another module, the model reads the weight of a target that is named, or both kinds of norm are
+            asked for.
         TypeError: `target_modules` is neither a string nor a list of strings.
     """
     check_norms(use_rms_norm, use_sub_norm)
@@ -52,6 +53,7 @@ def replace_linear(
     paths = called(model, paths, is_all_linear(target_modules))
     for path in paths:
         check_convertible(path, modules.get(path))
+    check_untied(model, {path: modules[path] for path in paths})
     for path in paths:
         norm = is_normed(path.rpartition(".")[2], use_rms_norm, use_sub_norm)
         to_bitlinear(
@@ -103,6 +105,17 @@ def called(model: nn.Module, paths: Sequence[str], all_linear: bool) -> list[str
             raise ValueError(f"target_modules: {message}, so that it would not be ternary: leave it out")
         warnings.warn(f"{message}: {len(others)} of {len(paths)} layers stay as they are", stacklevel=3)
     return kept
+
+
+def check_untied(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Raises ValueError for targets whose weight is that of another module."""
+    chosen = set(targets.values())
+    others = {id(p): path for path, m in model.named_modules() if m not in chosen for p in m.parameters(recurse=False)}
+    for path, module in targets.items():
+        owner = others.get(id(module.weight))
+        if owner is not None:
+            raise ValueError(f"target_modules: {path!r} has the weight of {owner!r}, which would not be ternary")
+        others[id(module.weight)] = path
 
 
 def to_bitlinear(module: nn.Module, cls: type[BitLinear] = BitLinear, **options: Any) -> BitLinear:

@@ -6,7 +6,14 @@ import pytest
 import torch
 from attention_cases import DECODERS, EAGER_ALONE, LENGTH, UNREACHABLE, inputs_of, model_of, outputs
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel, CompileConfig, DynamicCache, StaticCache
+from transformers import (
+    AutoModel,
+    CompileConfig,
+    DynamicCache,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
+    StaticCache,
+)
 from transformers.cache_utils import StaticLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from version_cases import cache_in, checkpoint_activations, with_cache
@@ -315,6 +322,10 @@ def test_models_that_cannot_have_them_are_named():
             ValueError, match="cannot have register tokens: it is neither a decoder with attention nor a"
         ):
             hf_galore.add_register_tokens(other)
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    music = MusicgenForCausalLM(MusicgenDecoderConfig(**sizes))
+    with pytest.raises(ValueError, match="MusicgenDecoder has no embeddings of tokens, or several for each token"):
+        hf_galore.add_register_tokens(music)
     sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     low_rank = {"q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 1, "head_dim": 16, "num_key_value_heads": 1}
     deepseek = AutoModel.from_config(CONFIG_MAPPING["deepseek_v4"](vocab_size=9, **sizes, **low_rank))

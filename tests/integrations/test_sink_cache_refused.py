@@ -3,7 +3,13 @@
 import pytest
 import torch
 from sink_cases import VOCAB, N, S, W, build, fed, tokens
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_galore import SinkCache
@@ -67,7 +73,8 @@ POSITIONS = {
     ),
     "deepseek_v32": ({**_LLAMA_LIKE, **_LATENT}, "layers of deepseek_v32 are indexed_attention"),
     "rwkv": ({"hidden_size": 32, "num_hidden_layers": 2}, "RwkvModel takes no cache of keys and values"),
-    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, "layers of mamba are"),
+    "minimax": ({**_LLAMA_LIKE, "num_key_value_heads": 2}, "MiniMaxModel takes no other cache than MiniMaxCache"),
+    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, "layers of mamba are|takes no cache"),
 }
 
 
@@ -78,6 +85,27 @@ def test_positions_that_are_not_rotary(kind):
     with pytest.raises(ValueError, match=reason):
         SinkCache(model, S, W)
     assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+OTHERS = {
+    "an encoder beside the decoder": (
+        lambda: T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCAB)),
+        "T5ForConditionalGeneration has an encoder",
+    ),
+    "several codebooks": (
+        lambda: MusicgenForCausalLM(
+            MusicgenDecoderConfig(hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
+        ),
+        "MusicgenDecoder has no embeddings of tokens, or several for each token",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_that_are_more_than_a_decoder_of_tokens(kind):
+    make, reason = OTHERS[kind]
+    with pytest.raises(ValueError, match=reason):
+        SinkCache(make().eval(), S, W)
 
 
 def test_rotary_in_some_other_way():

@@ -84,6 +84,13 @@ def test_layers_with_one_input_quantize_it_once(monkeypatch):
     assert len(calls) == 2 * 4  # q/k/v, o, gate/up, down
 
 
+def tied():
+    """Two layers with one weight."""
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers[1].weight = layers[0].weight
+    return layers
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "match"),
     [
@@ -94,6 +101,7 @@ def test_layers_with_one_input_quantize_it_once(monkeypatch):
             r"experts.*in one tensor.*Name the other layers, such as \['q_proj'",
         ),
         (lambda: replace_linear(model()), {}, "is a BitLinear already"),
+        (tied, {}, "'0' has the weight of '1', which would not be ternary"),
         (model, {"target_modules": "nothing_like_it"}, "'nothing_like_it' matches no module; near matches"),
         (model, {"use_rms_norm": True, "use_sub_norm": True}, "use_rms_norm .* use_sub_norm .*choose one"),
     ],
