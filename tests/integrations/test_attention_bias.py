@@ -19,7 +19,7 @@ from attention_cases import (
     model_of,
     outputs,
 )
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from torch.nn.attention import flex_attention
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from version_cases import with_cache
 
@@ -260,9 +260,11 @@ def test_dropout_masks_and_other_devices_take_the_column(start):
 
 def uncompiled_flex(module, query, key, value, attention_mask, scaling=None, **options):
     """transformers' flex attention on a device that gives the log-sum-exp, without its compilation."""
-    block, aux = {"block_mask": attention_mask}, AuxRequest(lse=True)
-    out, extra = flex_attention(query, key, value, scale=scaling, enable_gqa=True, return_aux=aux, **block)
-    return out.transpose(1, 2).contiguous(), extra.lse
+    request = getattr(flex_attention, "AuxRequest", None)  # from torch 2.9 on
+    asked = {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
+    block = {"block_mask": attention_mask}
+    out, extra = flex_attention.flex_attention(query, key, value, scale=scaling, enable_gqa=True, **block, **asked)
+    return out.transpose(1, 2).contiguous(), extra if request is None else extra.lse
 
 
 @pytest.fixture
