@@ -54,7 +54,7 @@ def masks_later(*, attention_mask: Any, **others: Any) -> Any:
 
 def _before(names: list[str], decoder: Any, args: tuple[Any, ...], kwargs: Inputs) -> tuple[tuple[()], Inputs] | None:
     """What the forward pass is given instead of (args, kwargs)."""
-    inputs = {**dict(zip(names, args)), **kwargs}  # noqa: B905 (dynamo of torch 2.6 knows no strict=)
+    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     cache = cache_of(inputs)
     if _is_part(cache):
         return None

@@ -40,7 +40,7 @@ def _before(
     ref: "weakref.ref[SinkCache]", names: list[str], decoder: Any, args: tuple[Any, ...], kwargs: Inputs
 ) -> tuple[tuple[()], Inputs] | None:
     """What the forward pass is given instead of (args, kwargs)."""
-    inputs = {**dict(zip(names, args)), **kwargs}  # noqa: B905 (dynamo of torch 2.6 knows no strict=)
+    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     cache = _in_use(ref, inputs)
     if cache is None:
         return None
