@@ -26,7 +26,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from hf_galore.attention.bias import Columns
 from hf_galore.attention.columns import Attended, with_columns
 from hf_galore.attention.decoding import merge_step
-from hf_galore.attention.fused import attended, fused_with_columns
+from hf_galore.attention.fused import SHARES_KEYS, attended, fused_with_columns
 from hf_galore.attention.merge import column_scores, merge
 from hf_galore.integrations.attention import Attention, AttentionCall, Result
 from hf_galore.integrations.compatibility import pack_gqa
@@ -99,6 +99,7 @@ def _fuses(call: AttentionCall) -> bool:
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype
         and key.shape[-1] == value.shape[-1]
+        and (SHARES_KEYS or _groups(call) == 1 or not use_gqa_in_sdpa(call.mask, key, value))
         and options.get("dropout", 0.0) == 0.0
         and options.get("position_bias") is None
         and options.get("softcap") is None

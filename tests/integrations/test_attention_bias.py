@@ -255,6 +255,17 @@ def test_dropout_masks_and_other_devices_take_the_column(start):
             torch.testing.assert_close(outputs(model, input_ids=inputs["input_ids"]), expected, **EXACT)
 
 
+@pytest.mark.parametrize(("kind", "start", "n"), VARIANTS)
+def test_a_kernel_that_shares_no_keys_is_not_given_fewer_of_them(monkeypatch, kind, start, n):
+    """torch's older ones read on behind the keys: sdpa's own way is taken, which is another kernel there."""
+    model, ids = biased("llama", kind=kind, start=start, n=n), {"input_ids": inputs_of("llama")["input_ids"]}
+    expected, called = outputs(model, **ids), []
+    monkeypatch.setattr(kernels, "SHARES_KEYS", False)
+    monkeypatch.setattr(kernels, "_fused", lambda *_: called.append(1))
+    torch.testing.assert_close(outputs(model, **ids), expected, **EXACT)
+    assert not called
+
+
 # Flex attention: transformers compiles it, and on the CPU asks for no log-sum-exp; torch's own function runs here.
 
 
