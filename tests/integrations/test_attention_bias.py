@@ -316,7 +316,8 @@ SETTINGS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2, "eos_tok
 def batched(model):
     """The tokens that continuous batching generates after each prompt."""
     config = transformers.GenerationConfig(**SETTINGS)
-    results = model.generate_batch(PROMPTS, generation_config=config, warmup=False)
+    cache = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # not most of the memory
+    results = model.generate_batch(PROMPTS, config, continuous_batching_config=cache, warmup=False)
     return [results[name].generated_tokens for name in sorted(results) if results[name].error is None]
 
 
