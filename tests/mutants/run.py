@@ -33,7 +33,15 @@ ROOT = HERE.parent.parent
 PACKAGE = "hf_galore"
 COLUMNS = ["mutant", "file", "what", "result", "caught_by", "seconds"]
 CAUGHT, SURVIVED = "caught", "SURVIVED"
-PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-m", "slow or not slow"]
+# Hypothesis tries the same examples each time, and does not look for the smallest one that fails.
+_QUICK = """
+import sys, pytest
+from hypothesis import Phase, settings
+settings.register_profile("mutants", derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+settings.load_profile("mutants")
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+PYTEST = ["-c", _QUICK, "-x", "-q", "-p", "no:cacheprovider", "-m", "slow or not slow"]
 _WHERE = "import runpy, sys; runpy.run_path('tests/conftest.py'); import hf_galore; print(hf_galore.__file__)"
 
 
@@ -112,7 +120,7 @@ def copied() -> Iterator[Path]:
 def environment(copy: Path) -> dict[str, str]:
     """That of the tests: the package is imported from the copy, in their child processes as well."""
     alone = {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
-    return {**os.environ, **alone, "TMPDIR": tempfile.gettempdir()}
+    return os.environ | alone
 
 
 def check_import(copy: Path) -> None:
@@ -123,14 +131,14 @@ def check_import(copy: Path) -> None:
         raise Error(f"tests do not import {PACKAGE} from a copy: {process.stdout.strip() or process.stderr[-2000:]}")
 
 
-def apply(mutant: Mutant, copy: Path) -> None:
-    """Puts the fault into the copy.
+def apply(mutant: Mutant, copy: Path, *options: str) -> None:
+    """Puts the fault into the copy; with --check it only sees whether it could.
 
     Raises:
         Error: the patch does not apply.
     """
-    command = ["git", "apply", str(mutant.patch)]
-    alone = {**os.environ, "GIT_CEILING_DIRECTORIES": str(copy.parent)}  # no repository that the copy may lie in
+    command = ["git", "apply", *options, str(mutant.patch)]
+    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent)}  # no repository that the copy may lie in
     process = subprocess.run(command, cwd=copy, env=alone, capture_output=True, text=True)
     if process.returncode != 0:
         raise Error(f"{mutant.name}: the patch does not apply: {process.stderr.strip()}")
@@ -143,7 +151,7 @@ def tested(copy: Path, tests: Iterable[str]) -> Outcome:
         Error: pytest did not get as far as to run a test.
     """
     started = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", *PYTEST, *tests]
+    command = [sys.executable, *PYTEST, *tests]
     process = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True)
     seconds = time.perf_counter() - started
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", process.stdout, re.MULTILINE)
@@ -187,8 +195,7 @@ def main() -> int:
         with copied() as copy:
             check_import(copy)
             for mutant in mutants:  # before the tests, which take longer
-                apply(mutant, copy)
-                subprocess.run(["git", "apply", "-R", str(mutant.patch)], cwd=copy, check=True)
+                apply(mutant, copy, "--check")
         sets = dict.fromkeys(mutant.tests for mutant in mutants)
         alike = [[mutant for mutant in mutants if mutant.tests == tests] for tests in sets]
         with ThreadPoolExecutor(args.jobs) as pool:
