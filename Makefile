@@ -4,6 +4,8 @@
 #   make test PYTEST_ARGS="..."    run the tests, but for the slow ones
 #   make test-all                  run all of them, with llama.cpp where npm is
 #   make sweep                     build all architectures of transformers, tiny, and run all methods on each (nightly)
+#   make coverage                  run them with coverage of lines and branches, child processes included
+#   make mutants                   put one fault at a time into the code, and see that the tests of its package catch it
 #   make test-oldest               run a third with the oldest transformers, peft, accelerate and trl that setup.py admits
 #   make test-newest               run it with the newest ones there are
 #   make lint                      ruff, mypy and the warnings of the C++ compiler
@@ -28,7 +30,7 @@ PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check i
 
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python
 
-.PHONY: demo test test-all test-oldest test-newest sweep llama-cpp lint kernels install clean
+.PHONY: demo test test-all coverage mutants test-oldest test-newest sweep llama-cpp lint kernels install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/pretrain.py $(ARGS)
@@ -39,6 +41,15 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	@if command -v npm > /dev/null; then $(MAKE) llama-cpp; else echo "make test-all: there is no npm, and so no llama.cpp"; fi
 	$(TEST) -m pytest tests $(PYTEST_ARGS) -m "slow or not slow"
+
+coverage: $(VENV)/.dev
+	$(BIN)/coverage erase
+	$(TEST) -m coverage run -m pytest tests $(PYTEST_ARGS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered --show-missing
+
+mutants: $(VENV)/.dev
+	$(TEST) tests/mutants/run.py --jobs 2 $(MUTANTS_ARGS)
 
 sweep: $(VENV)/.dev
 	$(TEST) tests/sweep.py --jobs 2 $(SWEEP_ARGS)

@@ -184,6 +184,7 @@ EXTRAS["test"] = sorted(
         *EXTRAS["deepspeed"],
         *EXTRAS["gguf"],
         *EXTRAS["demo"],
+        "coverage>=7.10",
         "expecttest",
         "galore-torch",
         "hypothesis",
