@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_galore
 from hf_galore.integrations.accelerate import unwrap_launch_command, wrap_launch_command
+from hf_galore.nn import bitlinear
 
 LIBRARIES = ("transformers", "accelerate", "peft", "trl", "bitsandbytes", "deepspeed", "torch")
 BATCH = torch.stack([sample["input_ids"] for sample in tokens(2)])
@@ -83,13 +85,16 @@ def inside(model):
 
 
 @pytest.fixture
-def before():
-    """What there is without us, and without BitLinear layers of other tests."""
-    hf_galore.unregister()
-    gc.collect()
+def before(monkeypatch):
+    """What there is without us, and without BitLinear layers of other tests, which are counted for again afterwards."""
+    others = list(bitlinear._steps.layers)
+    monkeypatch.setattr(bitlinear._steps, "layers", WeakSet())
     hf_galore.unregister()
     yield attributes(), hooks_of_the_process()
     hf_galore.unregister()
+    monkeypatch.undo()
+    for layer in others:
+        bitlinear._steps.count_for(layer)
 
 
 def train(name, folder, model):
