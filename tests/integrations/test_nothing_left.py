@@ -86,7 +86,7 @@ def inside(model):
 
 @pytest.fixture
 def before(monkeypatch):
-    """What there is without us, and without BitLinear layers of other tests, which are counted for again afterwards."""
+    """What there is without us, and without BitLinear layers of other tests, which are counted for afterwards."""
     others = list(bitlinear._steps.layers)
     monkeypatch.setattr(bitlinear._steps, "layers", WeakSet())
     hf_galore.unregister()
