@@ -1,8 +1,9 @@
 """Starts a test file as its own script on several ranks (gloo): real processes, in what torchrun would give them.
 
 A server forks them (multiprocessing's forkserver, one for each process of pytest). It imports the libraries once, which
-takes longer than most of what the ranks do, and nothing else: no threads, no tensors, no process groups. DeepSpeed is left
-to the ranks, because it reads variables as it is imported that only some launches have; it is a quarter of the imports.
+takes longer than most of what ranks do, and does nothing else: no threads, no tensors, no process groups. DeepSpeed is
+left to the ranks: it reads variables as it is imported that few launches have, and a server of its own, with all the
+other libraries, would cost more than the imports of the three or four ranks that it would serve.
 """
 
 import multiprocessing

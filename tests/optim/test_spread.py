@@ -213,7 +213,9 @@ def test_statistics_are_those_of_a_single_process(ranks):
             found = ranks[0][how, row, "float64"]["statistics"]
             assert len(found) == len(single)
             for key in ("step", "captured_energy", "overlap", "stable_rank"):
-                got, want = (sorted(one[key] for one in several if one[key] == one[key]) for several in (found, single))
+                got, want = (
+                    sorted(one[key] for one in several if one[key] == one[key]) for several in (found, single)
+                )
                 assert got == pytest.approx(want, rel=1e-6)  # computed in float32
 
 
