@@ -70,11 +70,9 @@ def test_ranks_are_those_of_torchrun(environment, tmp_path):
         assert found.keys() == expected.keys()
         for cell, parts in expected.items():
             for part, tensors in parts.items():
-                assert found[cell][part].keys() == tensors.keys()
-                different = [
-                    name for name, value in tensors.items() if not torch.equal(found[cell][part][name], value)
-                ]
-                assert not different, (cell, part)
+                forked_too = found[cell][part]
+                assert forked_too.keys() == tensors.keys()
+                assert not [name for name in tensors if not torch.equal(forked_too[name], tensors[name])], (cell, part)
 
 
 def test_ranks_find_a_fresh_process(environment, tmp_path, monkeypatch):

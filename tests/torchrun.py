@@ -1,6 +1,6 @@
 """Starts a test file as its own script on several ranks (gloo): real processes, in what torchrun would give them.
 
-A server forks them (multiprocessing's forkserver, one for each process of pytest). It imports the libraries once, which
+A server forks them (multiprocessing's forkserver, one per process of pytest). It imports the libraries once, which
 takes longer than most of what ranks do, and does nothing else: no threads, no tensors, no process groups. DeepSpeed is
 left to the ranks: it reads variables as it is imported that few launches have, and a server of its own, with all the
 other libraries, would cost more than the imports of the three or four ranks that it would serve.

@@ -208,14 +208,12 @@ def test_states_are_spread_as_their_parameters_are(ranks, row):
 def test_statistics_are_those_of_a_single_process(ranks):
     """Of matrices; of experts a rank sees its own."""
     for row in ("int4, lazy", "equal state", "random, reset"):
-        single = alone(row, torch.float64)["statistics"]
+        usual = alone(row, torch.float64)["statistics"]
         for how in ("rows", "replicas"):
             found = ranks[0][how, row, "float64"]["statistics"]
-            assert len(found) == len(single)
+            assert len(found) == len(usual)
             for key in ("step", "captured_energy", "overlap", "stable_rank"):
-                got, want = (
-                    sorted(one[key] for one in several if one[key] == one[key]) for several in (found, single)
-                )
+                got, want = (sorted(one[key] for one in several if one[key] == one[key]) for several in (found, usual))
                 assert got == pytest.approx(want, rel=1e-6)  # computed in float32
 
 
