@@ -76,8 +76,9 @@ def torchrun(script: str, *arguments: Any, ranks: int, **variables: str) -> subp
         try:
             for rank, file in enumerate(files):
                 environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(_server().Process(target=_rank, args=(script, command[1:], environment, str(file))))
-                processes[-1].start()
+                process = _server().Process(target=_rank, args=(script, command[1:], environment, str(file)))
+                process.start()
+                processes.append(process)
             while (codes := [process.exitcode for process in processes]).count(None) and not any(codes):
                 running = [process.sentinel for process in processes if process.exitcode is None]
                 if not connection.wait(running, timeout=end - time.monotonic()):
