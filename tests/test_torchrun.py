@@ -58,6 +58,7 @@ def assert_none_is_left(folder: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits
 
 
+@pytest.mark.slow
 def test_ranks_are_those_of_torchrun(environment, tmp_path):
     """Bit for bit: DDP and FSDP2 by the script of another file. There strings are hashed otherwise on each rank."""
     real, forked = tmp_path / "real", tmp_path / "forked"
