@@ -36,7 +36,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def python(*arguments: str, **environment: str) -> str:
-    """What a Python process with its children wrote to stderr; none of them outlives it."""
+    """What a Python process wrote to stderr; neither it nor its children are left when it takes too long."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         env={**os.environ, **ENVIRONMENT, **environment},
@@ -48,14 +48,10 @@ def python(*arguments: str, **environment: str) -> str:
     try:
         _, errors = process.communicate(timeout=LIMIT)
     except BaseException:
-        process.terminate()  # torchrun ends its ranks, which are in sessions of their own
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(60)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         raise
-    told = [line for line in errors.splitlines() if line.startswith("[rank")] or errors.splitlines()
-    assert process.returncode == 0, "\n".join(told[-60:])
+    assert process.returncode == 0, errors[-6000:]
     return errors
 
 

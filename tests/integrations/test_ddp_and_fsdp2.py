@@ -117,11 +117,6 @@ def arguments(method: str, cell: Cell, ranks: int, **changes: Any) -> dict[str, 
     return {"optim_args": args, **settings, **cell.changes, **changes}
 
 
-def alone(method: str, cell: Cell, folder: Path, **changes: Any) -> transformers.Trainer:
-    """The run of a single process."""
-    return Run(method, folder).train(model(cell), **arguments(method, cell, 1, **changes))
-
-
 def prepared(
     engine: str, method: str, cell: Cell, folder: Path, kind: str = CHECKPOINTS["fsdp2"][0], **changes: Any
 ) -> transformers.Trainer:
@@ -260,6 +255,21 @@ def four(folder, said):
     return results_of(__file__, folder, MORE)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A function for (weights, losses) of a single process, which runs once for all cells that it is the same for."""
+    known: dict[tuple[str, str], tuple] = {}
+
+    def run(method: str, cell: Cell) -> tuple[dict[str, Tensor], list[float]]:
+        key = method, repr(replace(cell, fsdp={}))
+        if key not in known:
+            trainer = Run(method, tmp_path_factory.mktemp("alone")).train(model(cell), **arguments(method, cell, 1))
+            known[key] = weights(trainer.model), logged(trainer, "loss")
+        return known[key]
+
+    return run
+
+
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
@@ -281,7 +291,7 @@ each_checkpoint = pytest.mark.parametrize(
 
 
 @each_cell
-def test_is_a_single_process(two, engine, method, cell, ours, tmp_path):
+def test_is_a_single_process(two, alone, engine, method, cell, ours):
     """In float64 weights after five steps with three refreshes, and every loss (which are float32).
 
     In lower precisions as far from a single process in float64 as a single process in the same precision is, or half
@@ -289,17 +299,15 @@ def test_is_a_single_process(two, engine, method, cell, ours, tmp_path):
     move by a whole step in any direction. The losses of bf16 computation come in steps of 1/64 (4.83 in bfloat16).
     """
     setting, found = ENGINES[engine][cell], two[0][engine, method, cell]
-    usual = alone(method, setting, tmp_path)
+    usual, losses = alone(method, setting)
     if setting.dtype == "float64":
-        assert (
-            furthest(found["weights"], weights(usual.model))
-            < BOUNDS["rotate" if "rotate" in setting.optim_args else "keep"]
-        )
-        assert found["losses"] == pytest.approx(logged(usual, "loss"), rel=1e-6)
+        bound = BOUNDS["rotate" if "rotate" in setting.optim_args else "keep"]
+        assert furthest(found["weights"], usual) < bound
+        assert found["losses"] == pytest.approx(losses, rel=1e-6)
     else:
-        true = weights(alone(method, replace(setting, dtype="float64"), tmp_path).model)
-        assert distance(found["weights"], true) <= 1.5 * distance(weights(usual.model), true)
-        assert found["losses"] == pytest.approx(logged(usual, "loss"), abs=1 / 64 if "bf16" in cell else 1e-3)
+        true, _ = alone(method, replace(setting, dtype="float64"))
+        assert distance(found["weights"], true) <= 1.5 * distance(usual, true)
+        assert found["losses"] == pytest.approx(losses, abs=1 / 64 if "bf16" in cell else 1e-3)
 
 
 @each_cell

@@ -22,8 +22,9 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from deepspeed_ops import LIMIT, build_operators, locked, python, remember_processor
+from deepspeed_ops import ENVIRONMENT, LIMIT, build_operators, locked, python, remember_processor
 from torch.utils.data import DataLoader
+from torchrun import leave_together, torchrun
 from trainer_cases import (
     RANK,
     NamesRecorder,
@@ -396,9 +397,6 @@ def main(output: Path) -> None:
 # In the tests.
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The folder with what the ranks wrote; the workers of pytest-xdist share it."""
@@ -408,11 +406,11 @@ def folder(tmp_path_factory) -> Path:
         if not (output / "log").exists():
             build_operators()
             llama().save_pretrained(output / "llama")
-            logs = [
-                python(*TORCHRUN, f"--nproc_per_node={ranks}", __file__, str(output), ACCELERATE_USE_DEEPSPEED="true")
-                for ranks in (RANKS, 1)
-            ]
-            (output / "log").write_text(logs[0])
+            variables = {**ENVIRONMENT, "ACCELERATE_USE_DEEPSPEED": "true"}
+            launches = [torchrun(__file__, output, ranks=ranks, **variables) for ranks in (RANKS, 1)]
+            for process in launches:
+                assert process.returncode == 0, process.stderr[-6000:]
+            (output / "log").write_text(launches[0].stderr)
     return output
 
 
@@ -632,5 +630,4 @@ def test_it_generates_without_the_hooks_of_zero3(ranks):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    dist.barrier()  # gloo may abort a process that ends while another still talks to it
-    dist.destroy_process_group()
+    leave_together()

@@ -4,6 +4,7 @@ The file is its own script: torchrun starts it three times, each rank writes wha
 single process. Three ranks do not divide the sizes: rows are shared out unevenly, and the last rank may have none.
 """
 
+import functools
 import itertools
 import sys
 import warnings
@@ -88,6 +89,9 @@ def train(
     }
 
 
+alone = functools.cache(train)  # in one process, for tests that only read what it gives
+
+
 def refusals(place: Place) -> dict[str, str]:
     """What the optimizers say to rows that they cannot train."""
     found = {}
@@ -154,10 +158,10 @@ def test_ranks_agree_bit_for_bit(ranks, how, row, dtype):
 @pytest.mark.parametrize(("row", "dtype"), CELLS)
 def test_ranks_with_the_same_gradients_are_a_single_process(ranks, row, dtype):
     """Each made a third of the bases, and all have the bits that one process has."""
-    alone, together = train(row, DTYPES[dtype]), ranks[1]["replicas", row, dtype]
+    single, together = alone(row, DTYPES[dtype]), ranks[1]["replicas", row, dtype]
     for part in ("params", "state"):
-        assert alone[part].keys() == together[part].keys()
-        assert not [name for name, value in alone[part].items() if not torch.equal(value, together[part][name])]
+        assert single[part].keys() == together[part].keys()
+        assert not [name for name, value in single[part].items() if not torch.equal(value, together[part][name])]
 
 
 @pytest.mark.parametrize(
@@ -168,16 +172,16 @@ def test_rows_on_ranks_are_a_single_process(ranks, row, dtype):
 
     Moments of float64 parameters are kept in floats also where 8 bits are asked for.
     """
-    alone, spread = train(row, DTYPES[dtype]), ranks[0]["rows", row, dtype]
-    for name, value in alone["params"].items():
+    single, spread = alone(row, DTYPES[dtype]), ranks[0]["rows", row, dtype]
+    for name, value in single["params"].items():
         atol = 1e3 * torch.finfo(DTYPES[dtype]).eps
         torch.testing.assert_close(spread["params"][name], value, rtol=0.0, atol=atol)
 
 
 def test_8_bits_in_rows_are_no_further_from_floats_than_those_of_a_single_process(ranks):
     """Their blocks do not cross rows and are smaller, so the codes are others; the error of one is a random number."""
-    floats = train("8 bits, small", torch.float32)["params"]
-    runs = {"alone": train("8 bits", torch.float32), "spread": ranks[0]["rows", "8 bits", "float32"]}
+    floats = alone("8 bits, small", torch.float32)["params"]
+    runs = {"alone": alone("8 bits", torch.float32), "spread": ranks[0]["rows", "8 bits", "float32"]}
     errors = {
         name: sum(float((run["params"][key] - value).square().sum()) for key, value in floats.items()) ** 0.5
         for name, run in runs.items()
@@ -188,9 +192,9 @@ def test_8_bits_in_rows_are_no_further_from_floats_than_those_of_a_single_proces
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "8 bits"])
 def test_rows_on_ranks_are_rounded_with_the_bits_of_a_single_process(ranks, row):
     """bfloat16 weights: what differs are the few elements whose float32 value is next to where the bits round up."""
-    alone, spread = train(row, torch.bfloat16), ranks[0]["rows", row, "bfloat16"]
-    different = sum(int((value != spread["params"][name]).sum()) for name, value in alone["params"].items())
-    assert different <= 0.01 * sum(value.numel() for value in alone["params"].values())
+    single, spread = alone(row, torch.bfloat16), ranks[0]["rows", row, "bfloat16"]
+    different = sum(int((value != spread["params"][name]).sum()) for name, value in single["params"].items())
+    assert different <= 0.01 * sum(value.numel() for value in single["params"].values())
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -204,12 +208,12 @@ def test_states_are_spread_as_their_parameters_are(ranks, row):
 def test_statistics_are_those_of_a_single_process(ranks):
     """Of matrices; of experts a rank sees its own."""
     for row in ("int4, lazy", "equal state", "random, reset"):
-        alone = train(row, torch.float64)["statistics"]
+        usual = alone(row, torch.float64)["statistics"]
         for how in ("rows", "replicas"):
             found = ranks[0][how, row, "float64"]["statistics"]
-            assert len(found) == len(alone)
+            assert len(found) == len(usual)
             for key in ("step", "captured_energy", "overlap", "stable_rank"):
-                got, want = (sorted(one[key] for one in several if one[key] == one[key]) for several in (found, alone))
+                got, want = (sorted(one[key] for one in several if one[key] == one[key]) for several in (found, usual))
                 assert got == pytest.approx(want, rel=1e-6)  # computed in float32
 
 
