@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from parts import in_part
 from trainer_cases import LAYERWISE, METHODS, NAMES, Run, assert_same, llama, weights
 
 
@@ -136,7 +137,7 @@ def test_optim_target_modules(method, case, ours, tmp_path):
 
 
 @pytest.mark.parametrize("targets", ["q_proj", ["q_proj"], r".*\.q_proj", [r"model\.layers\.\d+\.self_attn\.q_proj"]])
-@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize("method", in_part(NAMES, *MAIN))
 def test_a_small_share_is_a_warning_with_the_figure(method, targets, ours, tmp_path):
     """A part of a name and a regular expression mean the same, alone or in a list; the share is of what trains."""
     model = llama()
@@ -151,7 +152,7 @@ def test_a_small_share_is_a_warning_with_the_figure(method, targets, ours, tmp_p
     ("engine", "works"),
     [("FSDP", "FSDP1.*use FSDP2: fsdp_config="), ("MEGATRON_LM", "Megatron-LM.*FSDP2, DeepSpeed, DDP or a single")],
 )
-@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize("method", in_part(NAMES, *MAIN))
 def test_engines_that_shard_matrices_are_refused(method, engine, works, ours, tmp_path, monkeypatch):
     """accelerate's state says, as it would, that the engine runs. (With real FSDP2: test_ddp_and_fsdp2.py.)"""
     trainer = Run(method, tmp_path).trainer(llama(), Untouched())
