@@ -165,12 +165,14 @@ def test_run_finds_a_command_on_the_path(script, here, monkeypatch, capsys):
     assert (probe["argv"], probe["path"]) == ([str(path), *HARD_ARGS], str(path.parent))
 
 
+@pytest.mark.slow
 def test_run_under_accelerate_launch(script, tmp_path):
     command = ["accelerate.commands.launch", "--cpu", "--num_processes", 1, "-m", "hf_galore", "run"]
     shell(*command, script(REGISTERED), "out", "--rest", cwd=tmp_path)
     assert (tmp_path / "out/0").read_text() == "hf_galore.optim.adamw 1 ['--rest']"
 
 
+@pytest.mark.slow
 def test_run_under_torchrun_with_two_processes(script, tmp_path):
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "hf_galore", "run"]
     shell(*command, script(REGISTERED), "out", "--rest", cwd=tmp_path)

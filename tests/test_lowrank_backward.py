@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from lowrank_cases import (
+    CASES,
     EXACT,
     RANK,
     STACK,
@@ -18,7 +19,6 @@ from lowrank_cases import (
     assert_same,
     backward,
     bases,
-    each_case,
     each_refresh,
     each_side,
     full_gradients,
@@ -31,6 +31,7 @@ from lowrank_cases import (
     train,
     weights,
 )
+from parts import slow
 from torch import nn
 
 from hf_galore import GaLoreAdafactor
@@ -47,10 +48,22 @@ STEPS = 30
 # Equality with the optimizer path: the same models, data and rules; 30 steps, 5 refreshes, weight decay.
 
 
-@each_side
-@each_case
+# The side is looked at by the layers alone, which are nn.Linear's but for GPT-2's.
+@pytest.mark.parametrize(
+    ("case", "proj_type"),
+    [
+        pytest.param(
+            case,
+            side,
+            id=f"{name}-{side}",
+            marks=() if side == "right" or name in ("linear", "gpt2", "ternary, normed") else pytest.mark.slow,
+        )
+        for name, case in CASES.items()
+        for side in ("right", "left")
+    ],
+)
 class TestEqualsTheOptimizerPath:
-    @pytest.mark.parametrize("micro_batches", [1, 2])
+    @pytest.mark.parametrize("micro_batches", [slow(1), 2])
     def test_float64(self, case, proj_type, micro_batches):
         plain, optimizer = on_optimizer_path(case, proj_type=proj_type)
         start = weights(plain)
@@ -111,7 +124,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("fold_every", [1, 5])
+@pytest.mark.parametrize("fold_every", [slow(1), 5])
 @pytest.mark.parametrize(("make", "reference"), RULES.values(), ids=RULES)
 def test_every_rule_equals_the_optimizer_path(make, reference, fold_every):
     plain, optimizer = on_optimizer_path(STACK, make=reference)
@@ -179,7 +192,7 @@ def test_the_clipping_norm_is_that_of_the_projected_gradients(proj_type):
 
 @each_refresh
 @pytest.mark.parametrize("bad_step", [0, 2, 4, 5], ids=["first", "between", "refresh", "after a refresh"])
-@pytest.mark.parametrize("to_none", [True, False], ids=["gradients to None", "gradients to zero"])
+@pytest.mark.parametrize("to_none", [True, slow(False)], ids=["gradients to None", "gradients to zero"])
 def test_grad_scaler_skips_a_bad_step(how, bad_step, to_none):
     """Scales are powers of two, so that the run with a skipped step equals one that never tried it, bit for bit."""
     steps = 7

@@ -33,6 +33,7 @@ from lowrank_cases import (
     weights,
 )
 from option_cases import each_wrong_option
+from parts import slow
 from torch import nn
 
 from hf_galore.lowrank_backward import enable
@@ -78,7 +79,14 @@ RESUMED = [
 @pytest.mark.parametrize(
     ("how", "options", "make", "dtype"),
     [
-        pytest.param(how, OPTIONS[name], MAKERS[make], dtype, id=f"{how}-{name}-{make}-{dtype}")
+        pytest.param(
+            how,
+            OPTIONS[name],
+            MAKERS[make],
+            dtype,
+            id=f"{how}-{name}-{make}-{dtype}",
+            marks=() if how == "streaming" or name in ("random", "rotate", "int8", "stagger") else pytest.mark.slow,
+        )
         for name, make, dtype in RESUMED
         for how in ("exact", "streaming")
         if how == "streaming" or not OPTIONS[name].keys() & {"source", "share_inputs"}
@@ -112,8 +120,10 @@ KEPT = {
 }
 
 
-@each_side
-@each_refresh
+@pytest.mark.parametrize(
+    ("how", "proj_type"),
+    [("streaming", "right"), ("exact", "left"), slow("streaming", "left"), slow("exact", "right")],
+)
 @pytest.mark.parametrize("make", [adamw, torch_adamw])
 @pytest.mark.parametrize("basis_dtype", KEPT)
 def test_what_is_kept_of_a_basis(how, proj_type, make, basis_dtype):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import in_part
 from torch.library import opcheck
 from torch.nn import Parameter
 
@@ -583,6 +584,7 @@ def test_opcheck():
         opcheck(op.default, args)
 
 
+@pytest.mark.slow
 def test_opcheck_with_the_references():
     """The same in a process that has not loaded the library."""
     python("import test_native; test_native.test_opcheck()", HF_GALORE_CPU_KERNELS="python")
@@ -648,10 +650,18 @@ def test_modules_that_are_imported_anew_find_the_ops():
 
 
 @needs_library
-@pytest.mark.parametrize("proj_type", ["right", "left"])
-@pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreAdamW8bit], ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "cls", "proj_type"),
+    in_part(
+        itertools.product(
+            [torch.float32, torch.bfloat16], [None, "bfloat16"], [GaLoreAdamW, GaLoreAdamW8bit], ["right", "left"]
+        ),
+        (torch.float32, None, GaLoreAdamW, "right"),
+        (torch.bfloat16, "bfloat16", GaLoreAdamW, "left"),
+        (torch.bfloat16, None, GaLoreAdamW8bit, "right"),
+        (torch.float32, "bfloat16", GaLoreAdamW8bit, "left"),
+    ),
+)
 def test_a_step_allocates_no_matrix(dtype, state_dtype, cls, proj_type):
     """The largest allocation of a step between refreshes, scratch of kernels included: under a byte per element."""
     weight = Parameter(torch.randn(1500, 1200).to(dtype))

@@ -1,5 +1,7 @@
 """One layer's projected backward: its gradients against autograd's, what it allocates, and what it runs under."""
 
+import itertools
+
 import pytest
 import torch
 from lowrank_cases import (
@@ -17,6 +19,7 @@ from lowrank_cases import (
     train,
     weights,
 )
+from parts import in_part, slow
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -300,9 +303,13 @@ def test_what_a_layer_keeps_for_the_backward_pass(kept):
 # What it runs under.
 
 
-@pytest.mark.parametrize("name", ["linear", "gpt-neox", "gpt2"])
-@pytest.mark.parametrize("fold_every", [1, 3])
-@each_refresh
+@pytest.mark.parametrize(
+    ("name", "fold_every", "how"),
+    in_part(
+        itertools.product(["linear", "gpt-neox", "gpt2"], [1, 3], ["exact", "streaming"]),
+        *(("linear", 1, "exact"), ("linear", 3, "streaming"), ("gpt-neox", 3, "streaming"), ("gpt2", 3, "streaming")),
+    ),
+)
 def test_autocast(name, fold_every, how):
     """bfloat16 products, float32 weights and gradients; as close to the float32 run as plain autocast is, times K.
 
@@ -362,7 +369,7 @@ class Checkpointed(nn.Module):
 
 @each_refresh
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("fold_every", [1, 3])
+@pytest.mark.parametrize("fold_every", [slow(1), 3])
 def test_gradient_checkpointing_changes_no_bit(use_reentrant, how, fold_every):
     runs = []
     for kind in (None, use_reentrant):
@@ -373,7 +380,7 @@ def test_gradient_checkpointing_changes_no_bit(use_reentrant, how, fold_every):
     assert relative(runs[1], runs[0]) == 0.0
 
 
-@each_refresh
+@pytest.mark.parametrize("how", [slow("exact"), "streaming"])
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("name", ["gpt-neox", "gpt2"])
 def test_gradient_checkpointing_of_transformers(name, use_reentrant, how):
@@ -394,8 +401,9 @@ class TestCompile:
         yield
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("proj_type", ["right", "left"])
-    @pytest.mark.parametrize("fold_every", [1, 3])
+    @pytest.mark.parametrize(
+        ("proj_type", "fold_every"), [("right", 3), ("left", 1), slow("right", 1), slow("left", 3)]
+    )
     def test_no_graph_break_between_refreshes(self, proj_type, fold_every):
         """fullgraph=True raises at a break; gradients are the eager ones, to rounding."""
         model, optimizer, engine = on_engine(STACK, proj_type=proj_type, fold_every=fold_every)
@@ -410,7 +418,7 @@ class TestCompile:
         for mine, eager in zip(*reversed(grads), strict=True):
             torch.testing.assert_close(mine, eager)
 
-    @pytest.mark.parametrize(("how", "fold_every"), [("exact", 1), ("streaming", 3)])
+    @pytest.mark.parametrize(("how", "fold_every"), [slow("exact", 1), ("streaming", 3)])
     def test_a_whole_run(self, how, fold_every):
         """With refreshes, where the graph may break, but not the result."""
         runs = []

@@ -15,7 +15,7 @@ from subspace_cases import (
 )
 
 from hf_galore import GaLoreAdamW, subspace
-from hf_galore.subspace import PROJ_TYPES, SUBSPACES, Both, Left, Right, project, project_back, resolve_side
+from hf_galore.subspace import SUBSPACES, Both, Left, Right, project, project_back, resolve_side
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,9 @@ def test_a_vector_is_refused():
         resolve_side("std", (12,))
 
 
-@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, (3, *TALL), ROOMY, (3, *ROOMY[::-1])])
-@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+# `std` and `reverse_std` are names for two of these sides.
+@pytest.mark.parametrize("shape", [TALL, SQUARE, (3, *ROOMY[::-1])])
+@pytest.mark.parametrize("proj_type", ["right", "left", "full"])
 @pytest.mark.parametrize("method", SUBSPACES)
 class TestEveryMethod:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -74,7 +75,11 @@ class TestEveryMethod:
                 byhand = byhand @ parts[-1] @ parts[-1].mT
             torch.testing.assert_close(once, byhand, rtol=0, atol=1e-12)
             torch.testing.assert_close(project_back(project(once, basis, side), basis, side), once, rtol=0, atol=1e-12)
-        if proj_type == "std" or shape[-1] == shape[-2] or (proj_type == "full" and method != "random"):
+        if (
+            side == resolve_side("std", shape)
+            or shape[-1] == shape[-2]
+            or (proj_type == "full" and method != "random")
+        ):
             torch.testing.assert_close(once, grad, rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize(

@@ -1,24 +1,15 @@
 """examples/benchmarks/layerwise_throughput.py on a tiny model: every method trains, and the file has its figures."""
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
+import importlib
 
 import pytest
+from example_scripts import EXAMPLES, call
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*a basis refresh found:UserWarning")  # of 8 tokens
 
 for package in ("transformers", "peft", "galore_torch"):
     pytest.importorskip(package)
-BENCHMARKS = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
-TWICE = """
-import layerwise_throughput as script
-script.SHAPES["tiny"] = (32, 64, 2, 1)
-script.BATCH, script.LENGTH = 1, 8
-script.main()
-print("once more")
-script.main()
-"""
 OPTIONS = ["--rows", "tiny/8/bfloat16/frozen", "--rounds", "1", "--threads", "1"]
 METHODS = [
     "adamw_torch_fused",
@@ -34,13 +25,16 @@ METHODS = [
 def finished(tmp_path_factory):
     """The lines of the file, and what the script printed the first and the second time."""
     out = tmp_path_factory.mktemp("throughput") / "rows.csv"
-    path = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-c", TWICE, *OPTIONS, "--out", str(out)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES / "benchmarks")
+        script = importlib.import_module("layerwise_throughput")
+        patch.setitem(script.SHAPES, "tiny", (32, 64, 2, 1))
+        here = {"measure_in_child": script.measure, "BATCH": 1, "LENGTH": 8}
+        printed = [
+            call("benchmarks/layerwise_throughput", *OPTIONS, "--out", out, cwd=out.parent, **here) for _ in range(2)
+        ]
     with out.open(newline="") as file:
-        return list(csv.DictReader(file)), *result.stdout.split("once more\n")
+        return list(csv.DictReader(file)), *printed
 
 
 def test_writes_a_line_for_each_method(finished):

@@ -1,28 +1,18 @@
-"""The BitNet examples as a user runs them: from nothing to text that plain transformers writes."""
+"""The BitNet examples: from nothing to text that plain transformers, in another process, writes."""
 
-import os
+import importlib
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-def run(script, *arguments, cwd) -> str:
-    env = {**os.environ, "HF_HOME": str(cwd / "hf"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
+from example_scripts import EXAMPLES, call
 
 
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # of TRL, which a teacher asks for logits
+@pytest.mark.filterwarnings("ignore:.*a basis refresh found:UserWarning")  # the sums are few
 def test_sft_ends_with_an_answer_of_plain_transformers(tmp_path):
     pytest.importorskip("trl")
     options = ["--use_cpu", "--max_steps=6", "--logging_steps=2", "--optim=galore_adamw_layerwise", "--teacher=0.1"]
-    output = run("bitnet_sft.py", *options, "--output_dir=out", cwd=tmp_path)
+    output = call("bitnet_sft", *options, "--output_dir=out", cwd=tmp_path)
     first, last = map(float, re.search(r"train loss: (\S+) at the start, (\S+) at the end", output).groups())
     assert last < first
     assert "28 ternary layers" in output
@@ -32,13 +22,15 @@ def test_sft_ends_with_an_answer_of_plain_transformers(tmp_path):
     assert (tmp_path / "out" / "bitnet" / "model.safetensors").exists()
 
 
-def test_pretraining_compares_and_writes(tmp_path):
+def test_pretraining_compares_and_writes(tmp_path, monkeypatch):
     text = tmp_path / "text"
     text.mkdir()
     for number in range(3):
         (text / f"{number}.txt").write_text("def f(x):\n    return x\n" * 400)
     options = ["--config=tiny", "--optim", "galore_adamw", "--text", str(text), "--output_dir=out"]
-    output = run("bitnet_pretrain.py", *options, cwd=tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    train = importlib.import_module("pretrain").train
+    output = call("bitnet_pretrain", *options, cwd=tmp_path, train_in_child=train)
     for kind in ("full precision", "ternary"):
         assert re.search(rf"\| galore_adamw, {kind} +\| \d+\.\d\d", output)
     assert "14 ternary layers" in output

@@ -1,5 +1,6 @@
-"""examples/pretrain.py, run as a person runs it: in a process of its own, on a tiny model and a few text files."""
+"""examples/pretrain.py on a tiny model and a few text files; it goes on as a person runs it, in its own process."""
 
+import importlib
 import json
 import math
 import os
@@ -10,10 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from example_scripts import EXAMPLES, call
 
 for package in ("transformers", "tokenizers", "matplotlib"):
     pytest.importorskip(package)
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pretrain.py"
+SCRIPT = EXAMPLES / "pretrain.py"
 OPTIONS = ["--config", "tiny", "--max_steps", "4", "--text", "texts", "--save_steps", "2", "--output_dir", "out"]
 METHODS = ["adamw_torch_fused", "galore_adamw", "galore_adamw_layerwise"]
 
@@ -35,7 +37,10 @@ def finished(tmp_path_factory):
     for number in range(5):
         lines = [f"{number} and {line} are {number + line}; {line} squared is {line * line}.\n" for line in range(300)]
         (folder / "texts" / f"{number}.txt").write_text("".join(lines))
-    return folder, run_script(*OPTIONS, cwd=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        train = importlib.import_module("pretrain").train
+    return folder, call("pretrain", *OPTIONS, cwd=folder, train_in_child=train)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +90,15 @@ def test_resume_continues_from_the_last_checkpoint(finished, results):
     assert resumed["steps"] == 2
     assert resumed["loss_curve"] == results["galore_adamw"]["loss_curve"]
     assert resumed["perplexity"] == results["galore_adamw"]["perplexity"]
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_find_the_same(finished, results):
+    folder, _ = finished
+    run_script(*OPTIONS, "--optim", *METHODS[1:], "--output_dir", "children", cwd=folder)
+    for name in METHODS[1:]:
+        found = json.loads((folder / "children" / f"{name}.json").read_text())
+        assert found["loss_curve"] == results[name]["loss_curve"]
 
 
 @pytest.mark.parametrize(

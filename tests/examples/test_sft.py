@@ -1,4 +1,4 @@
-"""examples/sft.py as a user runs it: a child process, offline, from start to checkpoint and on from there."""
+"""examples/sft.py: from start to checkpoint, and on from there as a user runs it, in a child process, offline."""
 
 import importlib.util
 import json
@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import EXAMPLES, call
 from safetensors.torch import load_file
 
 import hf_galore
 
 pytest.importorskip("trl")
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "sft.py"
+pytestmark = pytest.mark.filterwarnings("ignore:.*a basis refresh found:UserWarning")
+SCRIPT = EXAMPLES / "sft.py"
 OPTIONS = ["--use_cpu", "--max_steps=6", "--save_steps=3", "--logging_steps=1", "--update_proj_gap=4"]
 
 
@@ -48,7 +50,7 @@ def sft(tmp_path, monkeypatch):
 def finished(tmp_path_factory):
     """The folder and the output of one run of the script."""
     folder = tmp_path_factory.mktemp("sft")
-    return folder, child(SCRIPT, *OPTIONS, cwd=folder).stdout
+    return folder, call("sft", *OPTIONS, "--output_dir=out", cwd=folder)
 
 
 def test_loss_falls_and_a_checkpoint_is_written(finished):
@@ -79,7 +81,7 @@ def test_the_layerwise_optimizer_trains_every_weight(tmp_path):
 
     TRL's loss may read the head's weight without calling the head, which is therefore never swapped.
     """
-    output = child(SCRIPT, *OPTIONS, "--optim=galore_adamw_layerwise", cwd=tmp_path).stdout
+    output = call("sft", *OPTIONS, "--optim=galore_adamw_layerwise", "--output_dir=out", cwd=tmp_path)
     first, last = map(float, re.search(r"train loss: (\S+) at the start, (\S+) at the end", output).groups())
     assert last < first - 0.5
     checkpoint = tmp_path / "out" / "checkpoint-6"

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from parts import slow
 
 pytest.importorskip("trl")
 
@@ -46,7 +47,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [["-m", "trl.scripts.sft"], ["trl", "sft"]], ids=["module", "command"])
+@pytest.mark.parametrize(
+    "command", [slow(["-m", "trl.scripts.sft"], id="module"), pytest.param(["trl", "sft"], id="command")]
+)
 def test_sft(command, folder):
     paths = ["--model_name_or_path", "model", "--dataset_name", "data", "--output_dir", "out"]
     result = subprocess.run(

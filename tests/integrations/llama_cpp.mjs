@@ -5,7 +5,7 @@ import { pathToFileURL } from "node:url";
 
 const { getLlama } = await import(pathToFileURL(`${process.argv[2]}/dist/index.js`));
 const { file, texts, prompts, tokens } = JSON.parse(readFileSync(0, "utf8"));
-const llama = await getLlama({ gpu: false, logLevel: "error", build: "never", progressLogs: false });
+const llama = await getLlama({ gpu: false, logLevel: "error", build: "never", maxThreads: 1, progressLogs: false });
 const model = await llama.loadModel({ modelPath: file });
 const answer = {
     begins: model.tokens.shouldPrependBosToken,
@@ -14,7 +14,7 @@ const answer = {
     prompts: [],
 };
 if (prompts.length > 0) {
-    const context = await model.createContext({ contextSize: 128 });
+    const context = await model.createContext({ contextSize: 128, threads: 1 });
     for (const prompt of prompts) {
         const sequence = context.getSequence();
         const added = [];

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from parts import slow
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -218,7 +219,9 @@ def test_save_bitnet_proves_and_leaves_the_model_alone(tmp_path):
     assert_unchanged(model, before, modes, config)
 
 
-def test_a_failed_proof_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("process", [slow("another"), "the first"])
+def test_a_failed_proof_leaves_nothing(tmp_path, monkeypatch, outcomes, process):
+    """What the first process found in the same model was in the right sense."""
     model = ternary(llama()).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
@@ -231,7 +234,12 @@ def test_a_failed_proof_leaves_nothing(tmp_path, monkeypatch):
         scales = {key: 1 / value for key, value in tensors.items() if key.endswith("weight_scale")}
         save_file(tensors | scales, directory / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(Export, "write", written_in_the_wrong_sense)
+    if process == "another":
+        monkeypatch.setattr(Export, "write", written_in_the_wrong_sense)
+    else:
+        digests, logits = outcomes["fp32", "transformers"][1]
+        wrong = digests | {"state": dict.fromkeys(digests["state"], "0")}
+        monkeypatch.setattr("hf_galore.integrations.bitnet.examine", lambda expected: [(wrong, logits)])
     with pytest.raises(RuntimeError, match="other values from the export, such as of '"):
         save_bitnet(model, tmp_path / "a" / "ternary")
     assert not list(tmp_path.iterdir())

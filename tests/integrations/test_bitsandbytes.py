@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes import functional
+from parts import slow
 from test_projected_linear import Recorder
 from torch import nn
 from torch.nn.functional import linear
@@ -380,11 +381,21 @@ def test_computes_in_the_layers_compute_dtype(form):
         assert torch.equal(model(batch(n=N)).float(), expected)
 
 
-@each_format
+TRAINING = [{}, {"refresh": "exact"}, {"fold_every": 3}, {"proj_type": "left"}, {"stochastic_rounding": False}]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"refresh": "exact"}, {"fold_every": 3}, {"proj_type": "left"}, {"stochastic_rounding": False}],
-    ids=str,
+    ("form", "options"),
+    [
+        pytest.param(
+            form,
+            options,
+            id=f"{name}-{options}",
+            marks=() if name in ("nf4 nested", "int8") or not options else pytest.mark.slow,
+        )
+        for name, form in FORMATS.items()
+        for options in TRAINING
+    ],
 )
 def test_training_lowers_the_loss(form, options):
     model = stack(form)
@@ -484,7 +495,7 @@ def test_siblings_share_a_basis(form):
 
 
 @each_format
-@pytest.mark.parametrize("fold_every", [1, 2])
+@pytest.mark.parametrize("fold_every", [slow(1), 2])
 def test_at_most_one_layer_is_decoded_at_a_time(form, fold_every):
     """In whole steps, a refresh and folds included, one tensor as large as a layer's weight is alive at most."""
     model = stack(form, 512, 1024)  # more elements than a fold works on at a time

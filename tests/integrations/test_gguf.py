@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_tokenizers import TEXTS, WRITTEN, bpe, sentencepiece
+from parts import in_part
 from tokenizers import AddedToken, Tokenizer, normalizers
 from torch import nn
 from transformers import (
@@ -145,7 +146,7 @@ def test_flags_say_what_the_tokenizer_does(tmp_path, name):
 
 
 @llama_cpp.needed
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", in_part(WRITTEN, "gpt-2 with bos", "qwen2", "llama 3"))
 def test_llama_cpp_makes_the_same_tokens(tmp_path, name):
     make, begins, ends = WRITTEN[name]
     written = make()
@@ -232,7 +233,7 @@ def test_nfc_is_warned_of(tmp_path):
 
 
 @llama_cpp.needed
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", in_part(MODELS, "llama"))
 def test_llama_cpp_goes_on_as_the_model_does(tmp_path, name):
     """Greedy decoding. All inputs of ternary layers are 256 wide, of which llama.cpp has one scale, as the layer."""
     model = MODELS[name](intermediate_size=256, vocab_size=448)

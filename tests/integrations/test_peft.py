@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
+from parts import in_part, slow
 from safetensors.torch import load_file
 from torch import nn
 from trainer_cases import assert_same, build, llama, tokens, weights
@@ -33,7 +34,7 @@ X = torch.stack([sample["input_ids"] for sample in tokens(2)])
 TASK = "CAUSAL_LM"
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=in_part(MODELS, "llama-float32", "qwen2-float16"))
 def make(request):
     """Makes the same model each time."""
     return lambda: MODELS[request.param]().eval()
@@ -282,8 +283,9 @@ def test_copies_are_whole_and_of_their_own(make, copied):
 # Saved and loaded.
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize(
+    ("is_trainable", "low_cpu_mem_usage"), [(False, True), (True, False), slow(False, False), slow(True, True)]
+)
 def test_loaded_it_is_what_was_saved(make, is_trainable, low_cpu_mem_usage, tmp_path):
     model = train(adapted(make()))
     model.save_pretrained(tmp_path)

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from parts import slow
 from safetensors.torch import load_file
 from trainer_cases import assert_same, logged, weights
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -68,7 +69,12 @@ def trains(model):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [*((name, "bitlinear") for name in RUNS), ("DPO", "attention_bias"), ("DPO", "register_tokens")],
+    [
+        ("DPO", "bitlinear"),
+        *(slow(name, "bitlinear") for name in RUNS if name != "DPO"),
+        ("DPO", "attention_bias"),
+        ("DPO", "register_tokens"),
+    ],
 )
 def test_the_reference_is_the_policy_of_the_start_through_a_run_and_a_resume(name, method, folder, tmp_path):
     settings, expected = RUNS[name]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from parts import in_part
 from trainer_cases import LAYERWISE, METHODS, NAMES, Run, assert_same, llama, weights
 
 
@@ -93,14 +94,21 @@ class Refusals(Run):
         return arguments
 
 
-@pytest.mark.parametrize("text", BAD_OPTIM_ARGS)
-@pytest.mark.parametrize("method", NAMES)
+MAIN = (METHODS[0], LAYERWISE[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [*((MAIN[0], text) for text in BAD_OPTIM_ARGS), *((name, "rnk=8") for name in NAMES if name != MAIN[0])],
+)
 def test_optim_args(method, text, ours, tmp_path):
     assert_refused(Refusals(method, tmp_path), ValueError, BAD_OPTIM_ARGS[text], optim_args=text)
 
 
-@pytest.mark.parametrize("text", BAD_LAYERWISE_ARGS)
-@pytest.mark.parametrize("method", LAYERWISE)
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [*((MAIN[1], text) for text in BAD_LAYERWISE_ARGS), *((name, "rnk=8") for name in LAYERWISE if name != MAIN[1])],
+)
 def test_optim_args_of_the_projected_backward(method, text, ours, tmp_path):
     assert_refused(Refusals(method, tmp_path), ValueError, BAD_LAYERWISE_ARGS[text], optim_args=text)
 
@@ -111,22 +119,25 @@ def test_adafactor_has_no_average_of_gradients(method, ours, tmp_path):
     assert_refused(Run(method, tmp_path), ValueError, [message], optim_args=", source=moment")
 
 
-@pytest.mark.parametrize("key", LAYERWISE_KEYS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "key"), [*((MAIN[0], key) for key in LAYERWISE_KEYS), *((name, "refresh") for name in METHODS[1:])]
+)
 def test_keys_of_the_projected_backward_are_refused_elsewhere(method, key, ours, tmp_path):
     text = f"rank=8, {key}={LAYERWISE_KEYS[key]}"
     assert_refused(Refusals(method, tmp_path), ValueError, [f"unknown key '{key}'"], optim_args=text)
 
 
-@pytest.mark.parametrize("case", BAD_TARGETS)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize(
+    ("method", "case"),
+    [*((method, case) for method in MAIN for case in BAD_TARGETS), *((n, "none") for n in NAMES if n not in MAIN)],
+)
 def test_optim_target_modules(method, case, ours, tmp_path):
     targets, error, patterns = BAD_TARGETS[case]
     assert_refused(Run(method, tmp_path), error, patterns, optim_target_modules=targets)
 
 
 @pytest.mark.parametrize("targets", ["q_proj", ["q_proj"], r".*\.q_proj", [r"model\.layers\.\d+\.self_attn\.q_proj"]])
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", in_part(NAMES, *MAIN))
 def test_a_small_share_is_a_warning_with_the_figure(method, targets, ours, tmp_path):
     """A part of a name and a regular expression mean the same, alone or in a list; the share is of what trains."""
     model = llama()
@@ -141,7 +152,7 @@ def test_a_small_share_is_a_warning_with_the_figure(method, targets, ours, tmp_p
     ("engine", "works"),
     [("FSDP", "FSDP1.*use FSDP2: fsdp_config="), ("MEGATRON_LM", "Megatron-LM.*FSDP2, DeepSpeed, DDP or a single")],
 )
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", in_part(NAMES, *MAIN))
 def test_engines_that_shard_matrices_are_refused(method, engine, works, ours, tmp_path, monkeypatch):
     """accelerate's state says, as it would, that the engine runs. (With real FSDP2: test_ddp_and_fsdp2.py.)"""
     trainer = Run(method, tmp_path).trainer(llama(), Untouched())

@@ -1,11 +1,13 @@
 """Which parameters of real architectures the Trainer's GaLore names project, and that those train: mixtures of experts
 with fused weights, GPT-2's Conv1D, tied embeddings, shared layers, frozen parameters, PEFT adapters."""
 
+import itertools
 import warnings
 
 import pytest
 import torch
 import transformers
+from parts import in_part
 from safetensors.torch import load_file
 from trainer_cases import (
     LAYERWISE,
@@ -41,6 +43,7 @@ MIXTURES = {
     ),
 }
 SMALL_HEADS = {"head_dim": 16, "num_key_value_heads": 2}
+MAIN = (NAMES[0], LAYERWISE[0])  # of each kind, one
 ATTENTION = {f"self_attn.{which}_proj.weight" for which in "qkvo"}
 FUSED = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 
@@ -59,8 +62,9 @@ UNSWAPPED = "ignore:.* keep their full gradients:UserWarning"  # of targets that
 
 
 @pytest.mark.filterwarnings(UNSWAPPED)
-@pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize(
+    ("method", "name"), in_part(itertools.product(NAMES, MIXTURES), *itertools.product(MAIN, MIXTURES))
+)
 def test_mixture_of_experts(method, name, ours, tmp_path):
     """Attention and all experts are projected, each expert with its own basis; router, embeddings and head are not."""
     model = mixture(name)
@@ -81,7 +85,7 @@ def test_mixture_of_experts(method, name, ours, tmp_path):
         assert not torch.allclose(basis[0], basis[1], atol=0.1)
 
 
-@pytest.mark.parametrize("method", LAYERWISE)
+@pytest.mark.parametrize("method", in_part(LAYERWISE, LAYERWISE[0]))
 def test_fused_experts_keep_the_ordinary_path_with_one_warning(method, ours, tmp_path):
     """Attention is swapped, the experts go to the optimizer, with all of the low-rank keys but the side: `right`."""
     model = mixture("mixtral")
@@ -109,7 +113,7 @@ def test_the_subspace_method_is_that_of_the_experts_too(ours, tmp_path, monkeypa
 
 
 @pytest.mark.filterwarnings(UNSWAPPED)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", in_part(NAMES, *MAIN))
 def test_experts_without_a_token(method, ours, tmp_path):
     """An expert that no token reaches keeps its weights, is warned of, and gets a basis that is no coordinate axes."""
     model = mixture("mixtral", num_experts_per_tok=1)
@@ -271,7 +275,7 @@ ARCHITECTURES = [
 
 @pytest.mark.filterwarnings(UNSWAPPED, "ignore:only .* of the trainable parameters are projected:UserWarning")
 @pytest.mark.parametrize("check", ARCHITECTURES, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", in_part(NAMES, *MAIN))
 def test_architecture(method, check, ours, tmp_path):
     check(Run(method, tmp_path))
 

@@ -1,5 +1,6 @@
 """A run that is cut and resumed from its checkpoint is, bit for bit, the run that was not cut."""
 
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from parts import in_part
 from safetensors.torch import load_file
 from trainer_cases import (
     LAYERWISE,
@@ -65,13 +67,24 @@ def assert_resumes(run, model, cut, whole=None, **changes):
 
 
 VARIANTS = ["", ", refresh=exact", ", stagger=true, state_dtype=bfloat16"]
+FAST = [
+    *((m, "float32", "") for m in METHODS),
+    (LAYERWISE[0], "float32", ""),
+    (LAYERWISE[0], "bfloat16", ", refresh=exact"),
+    (LAYERWISE[1], "bfloat16", ", stagger=true, state_dtype=bfloat16"),
+    (METHODS[0], "bfloat16", ", subspace=random"),
+]
+MAIN = (METHODS[0], LAYERWISE[0])
 KINDS = [(m, p, "") for m in METHODS for p in PRECISIONS]
 KINDS += [(m, p, variant) for m in LAYERWISE for p in PRECISIONS for variant in VARIANTS]
 OTHER_SUBSPACES = [name for name in SUBSPACES if name != LOW_RANK_DEFAULTS["subspace"]]
 KINDS += [(METHODS[0], "bfloat16", f", subspace={name}") for name in OTHER_SUBSPACES]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, id="-".join(kind), marks=() if kind in FAST else pytest.mark.slow) for kind in KINDS],
+)
 def whole(request, tmp_path_factory):
     """A run, its dtype, its optim_args and its Trainer after the whole of it, with a checkpoint after each step."""
     method, precision, variant = request.param
@@ -112,8 +125,13 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("method", ["galore_adamw", "galore_adamw_8bit", "galore_adamw_layerwise"])
+METHODS_WITH_OPTIONS = ("galore_adamw", "galore_adamw_8bit", "galore_adamw_layerwise")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    in_part(itertools.product(METHODS_WITH_OPTIONS, OPTIONS), *zip(METHODS_WITH_OPTIONS * 2, OPTIONS, strict=False)),
+)
 def test_resuming_with_options(method, options, ours, tmp_path):
     """Each option has something in the checkpoint, or a say in when and how the next refresh is done."""
     changes = {"optim_args": f", update_proj_gap={GAP}{options}"}
@@ -123,13 +141,13 @@ def test_resuming_with_options(method, options, ours, tmp_path):
 UNFOLDED = {"optim_args": f", update_proj_gap={GAP}, fold_every=4", "save_steps": 3}
 
 
-@pytest.mark.parametrize("method", LAYERWISE)
+@pytest.mark.parametrize("method", in_part(LAYERWISE, LAYERWISE[0]))
 def test_resuming_between_folds(method, ours, tmp_path):
     """What is not folded yet is folded into the checkpoint, and the run that went on did the same."""
     assert_resumes(Run(method, tmp_path), lambda: llama(torch.bfloat16), cut=3, **UNFOLDED)
 
 
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", in_part(NAMES, *MAIN))
 def test_checkpoints_have_the_keys_of_any_run(method, ours, tmp_path):
     """Files, and names, shapes and dtypes of the tensors in model.safetensors, are those that adamw_torch leaves."""
     contents = []
@@ -143,14 +161,14 @@ def test_checkpoints_have_the_keys_of_any_run(method, ours, tmp_path):
     assert [name for name, *_ in contents[1][1]] == sorted(llama().state_dict())
 
 
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", in_part(NAMES, *MAIN))
 def test_resuming_with_dropout(method, ours, tmp_path):
     """GPT-2 drops a tenth of everything: the generator's state is in the checkpoint, and no refresh draws from it."""
     assert_resumes(Run(method, tmp_path), lambda: build(transformers.GPT2Config).train(), cut=4)
 
 
 @pytest.mark.filterwarnings("ignore:.* keep their full gradients:UserWarning")
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", in_part(NAMES, *MAIN))
 def test_resuming_a_mixture_with_a_bfloat16_state(method, ours, tmp_path):
     """Fused experts with a basis each, and moments and bases that are rounded stochastically.
 
@@ -171,12 +189,14 @@ INCUMBENTS = ["galore_adamw", "galore_adafactor"]  # its 8-bit class needs CUDA
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:galore_torch")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", INCUMBENTS)
 def test_galore_torch_cannot_resume(method, incumbent, tmp_path):
     with pytest.raises(pickle.UnpicklingError, match="GaLoreProjector"):
         assert_resumes(Run(method, tmp_path), llama, cut=3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:galore_torch")
 def test_galore_torch_loses_the_state_layer_by_layer(incumbent, tmp_path):
     """Its layerwise run goes on, with moments and bases that start from nothing."""
@@ -185,7 +205,7 @@ def test_galore_torch_loses_the_state_layer_by_layer(incumbent, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:galore_torch")
-@pytest.mark.parametrize("method", INCUMBENTS)
+@pytest.mark.parametrize("method", in_part(INCUMBENTS, "galore_adamw"))
 def test_a_checkpoint_of_galore_torch_is_refused_with_advice(method, incumbent, tmp_path):
     """Its projector objects are not unpickled; the advice, to start from the checkpoint's weights, works."""
     run = Run(method, tmp_path)

@@ -483,18 +483,21 @@ def a_smaller_batch_after_a_torn_backward(run):
     assert_same(weights(found.model), weights(run.train(llama()).model))
 
 
-BEHAVIOURS = [
+# What depends on the rule is for every name. The rest is the Trainer's and ours around it: for a name of each kind.
+OF_THE_RULE = [
     weight_decay_is_decoupled,
     adam_arguments_reach_the_step,
-    schedule_is_followed,
     gradients_are_clipped,
     accumulation_equals_a_larger_batch,
-    checkpointing_reentrant,
-    checkpointing_non_reentrant,
     autocast_keeps_float32_weights,
     bfloat16_weights_follow_float32,
     every_parameter_trains,
     nan_at_a_refresh_is_survived,
+]
+OF_THE_TRAINER = [
+    schedule_is_followed,
+    checkpointing_reentrant,
+    checkpointing_non_reentrant,
     a_second_trainer_starts_afresh,
     afresh_after_an_error,
     afresh_after_an_interrupt,
@@ -510,10 +513,15 @@ BEHAVIOURS = [
     a_smaller_batch_after_out_of_memory,
     a_smaller_batch_after_a_torn_backward,
 ]
+MAIN = (METHODS[0], LAYERWISE[0])
 CASES = [
-    pytest.param(method, check, id=f"{method}-{check.__name__}")
-    for method in NAMES
-    for check in BEHAVIOURS
+    pytest.param(method, check, id=f"{method}-{check.__name__}", marks=() if method in fast else pytest.mark.slow)
+    for methods, checks, fast in (
+        (NAMES, OF_THE_RULE, (*METHODS, LAYERWISE[0])),
+        (MAIN, OF_THE_TRAINER, MAIN),
+    )
+    for method in methods
+    for check in checks
     if check is not adam_arguments_reach_the_step or "adam" in method  # Adafactor has none of these
 ]
 
@@ -611,7 +619,9 @@ LAYERWISE_BEHAVIOURS = [
 
 
 @pytest.mark.parametrize("check", LAYERWISE_BEHAVIOURS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("method", LAYERWISE)
+@pytest.mark.parametrize(
+    "method", [LAYERWISE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LAYERWISE[1:])]
+)
 def test_projected_backward(method, check, ours, tmp_path):
     check(Run(method, tmp_path))
 
@@ -638,6 +648,7 @@ class Exact(Run):
 
 @OLD_NAMES
 @pytest.mark.filterwarnings("ignore:.*holds the full gradients of all layers")
+@pytest.mark.slow
 @pytest.mark.parametrize("check", EXACT, ids=lambda check: check.__name__)
 def test_keeps_the_promise_with_exact_refreshes(check, ours, tmp_path):
     check(Exact(LAYERWISE[0], tmp_path))
@@ -685,6 +696,7 @@ DEFECTS = [
 ]
 
 
+@pytest.mark.slow
 @OLD_NAMES
 @pytest.mark.filterwarnings("ignore::FutureWarning:galore_torch")
 @pytest.mark.parametrize(

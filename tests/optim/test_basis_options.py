@@ -7,6 +7,7 @@ import torch
 from basis_cases import GAP, ROWS, WITH_MOMENTS, Row, basis_of, each_row, projected, record, started, steps_of
 from optimizer_cases import BASE, assert_same, contents, each_class, saved, train
 from option_cases import each_wrong_option
+from parts import slow
 from torch.nn import Parameter
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW
@@ -19,7 +20,9 @@ HOST = {"step", "basis_seed", "refresh_schedule", "reset_step"}  # numbers that 
 
 @each_row
 @pytest.mark.parametrize(
-    ("dtype", "state_dtype"), [(torch.float64, None), (torch.float32, "bfloat16"), (torch.bfloat16, None)], ids=str
+    ("dtype", "state_dtype"),
+    [(torch.float32, "bfloat16"), slow(torch.float64, None), slow(torch.bfloat16, None)],
+    ids=str,
 )
 def test_state_holds_what_it_says_and_nothing_behind_it(cls, row, dtype, state_dtype):
     task, optimizer = started(cls, row, dtype, state_dtype)
@@ -50,7 +53,7 @@ def test_state_holds_what_it_says_and_nothing_behind_it(cls, row, dtype, state_d
 
 
 @each_row
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16], ids=str)
 def test_resume_is_bit_identical(cls, row, dtype):
     """From a step before a refresh and from one after it: weights and states are those of the run that went on."""
     steps = 3 * GAP
@@ -95,7 +98,7 @@ def test_a_state_dict_from_before_an_option_loads(cls, key):
 
 
 @each_class
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"proj_type": "full"}, {"moments": "rotate"}, {"moments": "reset"}], ids=str)
 def test_a_seed_is_as_good_as_the_basis(cls, dtype, options):
     """The run with bases kept in float32, bit for bit, and without a basis in the state."""

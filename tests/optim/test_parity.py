@@ -6,6 +6,7 @@ write-back and multiplies by the learning rate earlier), so the expected ratio i
 for a mistake.
 """
 
+import itertools
 import types
 from functools import partial
 
@@ -13,6 +14,7 @@ import galore_torch
 import pytest
 import torch
 from galore_torch import galore_projector
+from parts import in_part
 
 import hf_galore
 from hf_galore import subspace
@@ -89,13 +91,25 @@ def literal(rule, svd_dtype=None, **more):
     return lambda groups: ReferenceOptimizer(groups, partial(cls, **more), svd_dtype, lr=kwargs["lr"])
 
 
+@pytest.fixture
+def shape(request):
+    return SHAPES[request.param]
+
+
 def relative(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated")
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("proj_type", subspace.PROJ_TYPES)
+@pytest.mark.parametrize(
+    ("shape", "proj_type"),
+    in_part(
+        itertools.product(SHAPES, subspace.PROJ_TYPES),
+        *(("tall", "std"), ("wide", "std"), ("tall", "reverse_std"), ("wide", "right"), ("tall", "left")),
+        ("square", "full"),
+    ),
+    indirect=["shape"],
+)
 @pytest.mark.parametrize("rule", RULES)
 class TestParity:
     def test_float64_equals_the_paper(self, rule, proj_type, shape):
