@@ -24,7 +24,8 @@ def swappable(model: nn.Module, targets: set[str]) -> list[nn.Module]:
     plain = list(_plain_modules(model))
     known = {id(module) for module in plain}
     elsewhere = {id(p) for other in model.modules() if id(other) not in known for p in other.parameters(recurse=False)}
-    return [module for module in plain if id(module.weight) in wanted - elsewhere - read_weights(model)]
+    chosen = wanted - elsewhere - read_weights(model)
+    return [module for module in plain if id(module.weight) in chosen]
 
 
 def _plain_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -11,6 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hf_galore.attention.bias import Heads
 from hf_galore.integrations.attention import Attention, AttentionCall, Result, add_hook, is_registered, remove_hook
+from hf_galore.integrations.decoders import trial_of
 
 ALL_ATTENTION = "all-attention"
 
@@ -94,8 +95,7 @@ def check_reached(model: PreTrainedModel, targets: Mapping[str, tuple[nn.Module,
     for module in modules:
         add_hook(module, see)
     try:
-        devices = [] if model.device.type == "cpu" else [model.device]
-        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        with trial_of(model):
             _run_on_an_example(model)
     finally:
         for module in modules:

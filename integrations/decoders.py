@@ -1,6 +1,8 @@
 """Which part of a transformers model is its decoder, and whether that attends to what it has seen."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -63,6 +65,14 @@ def embeddings_of(decoder: Any) -> Any:
     return embeddings
 
 
+@contextmanager
+def trial_of(model: Any) -> Iterator[None]:
+    """Inside, what is run to see what a model does leaves nothing behind: no gradients, random numbers or graphs."""
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @torch.no_grad()
 def likely_token(decoder: Any) -> Tensor:
     """The id (1, 1), among the first of the vocabulary, with the longest embedding: for trial runs.
@@ -79,7 +89,6 @@ class _Reached(Exception):
     """Ends a trial run at the decoder."""
 
 
-@torch.no_grad()
 def makes_masks(model: Any, decoder: Any) -> bool:
     """Whether the model hands its decoder masks of its own for the mask (batch, tokens) that it is given.
 
@@ -99,7 +108,7 @@ def makes_masks(model: Any, decoder: Any) -> bool:
     mask[0, 0] = 0
     hook = decoder.register_forward_pre_hook(see, with_kwargs=True, prepend=True)
     try:
-        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for a trial
+        with trial_of(decoder):
             model(input_ids=ids, attention_mask=mask)
     except (_Reached, TypeError, ValueError, AttributeError, RuntimeError):
         pass

@@ -19,7 +19,7 @@ from hf_galore.attention.blocks import find_blocks
 from hf_galore.attention.registers import STD, RegisterTokens, check_registers
 from hf_galore.integrations import register_decoder, register_vision
 from hf_galore.integrations.attention_modules import example_of
-from hf_galore.integrations.decoders import decoder_of, embeddings_of, keeps_keys, makes_masks
+from hf_galore.integrations.decoders import decoder_of, embeddings_of, keeps_keys, makes_masks, trial_of
 from hf_galore.integrations.register_decoder import CHILD, hook_decoder, masks_later
 from hf_galore.integrations.register_vision import EMBEDDINGS, hook_vision
 
@@ -244,10 +244,9 @@ def _refusing(model: nn.Module, reason: str) -> Iterator[None]:
 def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """The model without dropout and gradients; random numbers and modes are as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    devices = [] if model.device.type == "cpu" else [model.device]
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        with trial_of(model):
             yield
     finally:
         for module in training:

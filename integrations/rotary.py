@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hf_galore.integrations.compatibility import cache_argument
-from hf_galore.integrations.decoders import KEEP_NO_KEYS, likely_token
+from hf_galore.integrations.decoders import KEEP_NO_KEYS, likely_token, trial_of
 
 Angles = dict[str | None, tuple[Tensor, Tensor]]  # (cos, sin) by type of layer; None where all layers have the same
 _TURN = 7  # positions between the two keys of the check
@@ -192,7 +192,7 @@ def _cached_at(decoder: Any, positions: tuple[int, int]) -> list[tuple[Tensor | 
     """Keys and values (2, heads, 1, width) of each layer for one token at two positions, None where it has none."""
     token = likely_token(decoder)
     cache = DynamicCache(config=decoder.config)
-    with torch.compiler.set_stance("force_eager"):  # nothing is compiled for a trial
+    with trial_of(decoder):
         decoder(
             input_ids=token.expand(2, 1),
             position_ids=torch.tensor(positions, device=token.device)[:, None],
@@ -221,8 +221,7 @@ def _kind_of_positions(modeling: Any, decoder: Any) -> str:
     learned = [name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding)]
     if len(learned) > 1:
         return f"it has learned positions ({', '.join(learned[1:])}), which end where the table ends"
-    with torch.no_grad():
-        moving = [any(map(_moves, cached)) for cached in _cached_at(decoder, positions=(3, 3 + _TURN))]
+    moving = [any(map(_moves, cached)) for cached in _cached_at(decoder, positions=(3, 3 + _TURN))]
     return (
         "its decoder has no rotary embedding for all layers"
         if any(moving)

@@ -122,16 +122,14 @@ ARCHITECTURES = {
         },
     ),
 }
-_LATENT = {
+LATENT = {  # heads of multi-head latent attention
     "num_key_value_heads": 4,
     "q_lora_rank": 8,
     "kv_lora_rank": 8,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
-    "v_head_dim": 6,
-    "num_hidden_layers": 1,
-    "first_k_dense_replace": 1,
 }
+_LATENT = {**LATENT, "v_head_dim": 6, "num_hidden_layers": 1, "first_k_dense_replace": 1}
 # Of one layer, or of two that share keys: no key depends on what was evicted.
 SHALLOW = {
     "llama": ("llama", {"num_hidden_layers": 1}),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sink_cases import VOCAB, N, S, W, build, fed, tokens
+from sink_cases import LATENT, VOCAB, N, S, W, build, fed, tokens
 from transformers import (
     AutoModelForCausalLM,
     MusicgenDecoderConfig,
@@ -16,14 +16,7 @@ from hf_galore import SinkCache
 
 _LLAMA_LIKE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
 _MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8, "head_dim": 8}
-_LATENT = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-}
+_LATENT = {**LATENT, "v_head_dim": 8}
 POSITIONS = {
     "gpt2": ({"n_embd": 32, "n_head": 4, "n_layer": 2}, "GPT2Model .* it has learned positions .wpe."),
     "opt": (
